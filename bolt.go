@@ -1,0 +1,884 @@
+package keystate
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io/fs"
+	"math/bits"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"strings"
+	"sync"
+	"time"
+
+	"go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
+
+	"example.com/keystate/internal/boltfile"
+)
+
+// The bbolt store. docs/format.md describes every bucket and byte; in short, in one bucket "keystate":
+//
+//	identity        what this store is
+//	ledger          the epoch, and count and digest of what the buckets hold
+//	live/<key>      unfinished records: few, hot, small
+//	done/<sequence> finished records, appended in the order of finishing, which is the order of reaping
+//	index/<hash><sequence>  from a key to its finished record
+var (
+	bucketRoot  = []byte("keystate")
+	bucketLive  = []byte("live")
+	bucketDone  = []byte("done")
+	bucketIndex = []byte("index")
+	keyIdentity = []byte("identity")
+	keyLedger   = []byte("ledger")
+)
+
+const storeFormat = 1
+
+// boltStore is a Store in a bbolt file.
+type boltStore struct {
+	committer
+	db    *bbolt.DB
+	file  *os.File // nil when the program opened the database
+	path  string
+	info  fs.FileInfo // what the path led to when the store was opened: begin looks whether it still does
+	id    [16]byte
+	limit int64 // soft limit of the file's size, for new keys
+	spare int64 // disk space to keep for unfinished keys
+	room  struct {
+		sync.Mutex
+		checked time.Time
+		err     error
+	}
+}
+
+// Bolt is the store in a database that the program has open already: the keys live in one bucket, "keystate",
+// beside the program's own. Closing the engine leaves the database open. A database carries one engine at a time.
+func Bolt(db *bbolt.DB) Store[*bbolt.Tx] {
+	return newBoltStore(db, db.Path())
+}
+
+// attached are the databases that carry an engine.
+var attached sync.Map // *bbolt.DB → struct{}
+
+func newBoltStore(db *bbolt.DB, path string) *boltStore {
+	s := &boltStore{db: db, path: path}
+	s.committer.init(s)
+	return s
+}
+
+// Boot prepares the bucket where it is missing, checks what is there, and counts the epoch up.
+func (s *boltStore) Boot(ctx context.Context) (id [16]byte, epoch uint64, err error) {
+	if _, taken := attached.LoadOrStore(s.db, struct{}{}); taken {
+		return id, 0, fmt.Errorf("%w: the database carries an engine already", ErrLocked)
+	}
+	defer func() {
+		if err != nil {
+			attached.Delete(s.db)
+		}
+	}()
+	if s.info, err = os.Stat(s.path); err != nil {
+		return id, 0, fmt.Errorf("keystate: %w", err)
+	}
+	err = s.guard(func() error {
+		return s.db.Update(func(tx *bbolt.Tx) error {
+			if tx.Bucket(bucketRoot) == nil {
+				if err := initBuckets(tx); err != nil {
+					return err
+				}
+			}
+			if id, err = readIdentity(tx); err != nil {
+				return err
+			}
+			if err := checkRecords(tx, id, false); err != nil {
+				return err
+			}
+			k, err := newBoltKeys(tx, id)
+			if err != nil {
+				return err
+			}
+			k.ledger.epoch++
+			epoch = k.ledger.epoch
+			return k.flush()
+		})
+	})
+	if err != nil {
+		return id, 0, commitError(err)
+	}
+	s.id = id
+	s.start()
+	return id, epoch, nil
+}
+
+// initBuckets makes the buckets of a new store.
+func initBuckets(tx *bbolt.Tx) error {
+	root, err := tx.CreateBucket(bucketRoot)
+	if err != nil {
+		return err
+	}
+	for _, name := range [][]byte{bucketLive, bucketDone, bucketIndex} {
+		if _, err := root.CreateBucket(name); err != nil {
+			return err
+		}
+	}
+	identity := make([]byte, 1, 21)
+	identity[0] = storeFormat
+	identity = append(identity, make([]byte, 16)...)
+	rand.Read(identity[1:]) // never fails: crypto/rand
+	if err := root.Put(keyIdentity, sealed(identity)); err != nil {
+		return err
+	}
+	return root.Put(keyLedger, ledger{next: 1}.encode())
+}
+
+func readIdentity(tx *bbolt.Tx) (id [16]byte, err error) {
+	root := tx.Bucket(bucketRoot)
+	if root == nil {
+		return id, fmt.Errorf("%w: it is a bbolt file without a bucket %q; New(Bolt(db), …) would add one", ErrNotAStore, bucketRoot)
+	}
+	b, err := unsealed(root.Get(keyIdentity), "identity", 17)
+	if err != nil {
+		return id, err
+	}
+	return [16]byte(b[1:]), nil
+}
+
+// sealed appends a checksum; unsealed verifies it, the length and the format.
+func sealed(b []byte) []byte {
+	return binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
+}
+
+func unsealed(b []byte, what string, size int) ([]byte, error) {
+	switch {
+	case len(b) < 5 || binary.LittleEndian.Uint32(b[len(b)-4:]) != crc32.Checksum(b[:len(b)-4], castagnoli):
+		return nil, fmt.Errorf("%w: the %s is missing or its checksum does not match", ErrCorrupt, what)
+	case b[0] > storeFormat:
+		return nil, fmt.Errorf("%w: the store has format %d, this release reads up to %d", ErrNotAStore, b[0], storeFormat)
+	case b[0] != storeFormat || len(b) != size+4:
+		return nil, fmt.Errorf("%w: the %s has %d bytes in format %d", ErrCorrupt, what, len(b), b[0])
+	}
+	return b[:size], nil
+}
+
+// The ledger counts and digests the store's records in the same transaction that changes them. A page that is
+// lost, stale or swapped shows as a sum that does not match: no key goes missing silently.
+type ledger struct {
+	epoch                       uint64
+	next                        uint64 // the next finished record's sequence
+	counts                      Counts
+	liveSum, doneSum, indexSum_ uint64
+}
+
+const ledgerSize = 1 + 9*8
+
+func (l ledger) encode() []byte {
+	b := make([]byte, 1, ledgerSize+4)
+	b[0] = storeFormat
+	for _, v := range l.fields() {
+		b = binary.LittleEndian.AppendUint64(b, *v)
+	}
+	return sealed(b)
+}
+
+func (l *ledger) decode(b []byte) error {
+	b, err := unsealed(b, "ledger", ledgerSize)
+	if err != nil {
+		return err
+	}
+	for i, v := range l.fields() {
+		*v = binary.LittleEndian.Uint64(b[1+8*i:])
+	}
+	return nil
+}
+
+func (l *ledger) fields() [9]*uint64 {
+	c := &l.counts
+	return [9]*uint64{&l.epoch, &l.next, &c.Running, &c.Waiting, &c.Parked, &c.Finished, &l.liveSum, &l.doneSum, &l.indexSum_}
+}
+
+// What one entry adds to its bucket's sum. The sums are modulo 2^64, so that taking out is subtraction.
+func liveDigest(frame []byte) uint64 { return mix(uint64(storedSum(frame))<<32 | uint64(len(frame))) }
+
+func doneDigest(sequence uint64, frame []byte) uint64 {
+	return mix(liveDigest(frame) ^ mix(sequence))
+}
+
+func indexDigest(hash, sequence uint64) uint64 {
+	return mix(bits.RotateLeft64(hash, 32) ^ mix(sequence))
+}
+
+// mix is the finalizer of SplitMix64: it spreads every bit of v over all of the result.
+func mix(v uint64) uint64 {
+	v += 0x9e3779b97f4a7c15
+	v = (v ^ v>>30) * 0xbf58476d1ce4e5b9
+	v = (v ^ v>>27) * 0x94d049bb133111eb
+	return v ^ v>>31
+}
+
+// boltKeys are the records inside one bbolt transaction.
+type boltKeys struct {
+	id                      [16]byte
+	root, live, done, index *bbolt.Bucket
+	ledger                  ledger
+	changed                 bool
+	scratch                 []byte
+	arena                   []byte // what Put hands to bbolt, which keeps it until the commit
+	last                    *found // memo of the last lookup: a Put mostly follows its Get
+}
+
+// found is where a lookup led.
+type found struct {
+	key      Key
+	frame    []byte // nil: there is no record
+	status   Status
+	version  uint64
+	sequence uint64 // of a finished record
+}
+
+func newBoltKeys(tx *bbolt.Tx, id [16]byte) (*boltKeys, error) {
+	k := &boltKeys{id: id, root: tx.Bucket(bucketRoot)}
+	if k.root == nil {
+		return nil, fmt.Errorf("%w: the bucket %q is gone", ErrCorrupt, bucketRoot)
+	}
+	k.live, k.done, k.index = k.root.Bucket(bucketLive), k.root.Bucket(bucketDone), k.root.Bucket(bucketIndex)
+	if k.live == nil || k.done == nil || k.index == nil {
+		return nil, fmt.Errorf("%w: a bucket in %q is gone", ErrCorrupt, bucketRoot)
+	}
+	k.done.FillPercent = 0.95 // it is only ever appended to
+	return k, k.ledger.decode(k.root.Get(keyLedger))
+}
+
+// Keys returns the records in tx: those of the group that is being committed, or a reader's own.
+func (s *boltStore) Keys(tx *bbolt.Tx) Keys {
+	if g := s.current(); tx.Writable() && g != nil && g.tx == tx {
+		return g.keys
+	}
+	k, err := newBoltKeys(tx, s.id)
+	if err != nil {
+		return brokenKeys{err}
+	}
+	return k
+}
+
+// flush writes the ledger, once for all the changes in the transaction.
+func (k *boltKeys) flush() error {
+	return k.root.Put(keyLedger, k.ledger.encode())
+}
+
+func (k *boltKeys) liveKey(key Key) []byte {
+	k.scratch = append(append(append(k.scratch[:0], byte(len(key.Scope))), key.Scope...), key.ID...)
+	return k.scratch
+}
+
+// hash is a key's place in the index. The store's identity keeps it from being guessed, so that no
+// client can make keys collide; when they do all the same, the full keys are compared.
+func (k *boltKeys) hash(key Key) uint64 {
+	b := append(k.scratch[:0], k.id[:]...)
+	b = append(append(append(b, byte(len(key.Scope))), key.Scope...), key.ID...)
+	k.scratch = b
+	sum := sha256.Sum256(b)
+	return binary.BigEndian.Uint64(sum[:])
+}
+
+func indexEntry(hash, sequence uint64) []byte {
+	b := binary.BigEndian.AppendUint64(make([]byte, 0, 16), hash)
+	return binary.BigEndian.AppendUint64(b, sequence)
+}
+
+func sequenceKey(sequence uint64) []byte {
+	return binary.BigEndian.AppendUint64(make([]byte, 0, 8), sequence)
+}
+
+// find looks a key up, without decoding what it finds.
+func (k *boltKeys) find(key Key) (*found, error) {
+	if k.last != nil && k.last.key == key {
+		return k.last, nil
+	}
+	f := &found{key: key}
+	if f.frame = k.live.Get(k.liveKey(key)); f.frame == nil {
+		if err := k.findDone(f); err != nil {
+			return nil, err
+		}
+	}
+	if f.frame != nil {
+		if err := f.verify(); err != nil {
+			return nil, fmt.Errorf("%s: %w", key, err)
+		}
+	}
+	k.last = f
+	return f, nil
+}
+
+// verify checks that the frame is sound and the key's own, and reads its head.
+func (f *found) verify() error {
+	if err := checkFrame(f.frame); err != nil {
+		return err
+	}
+	key, status, version, err := peek(f.frame)
+	if err == nil && key != f.key {
+		err = fmt.Errorf("%w: the record of %s lies in its place", ErrCorrupt, key)
+	}
+	f.status, f.version = status, version
+	return err
+}
+
+// findDone looks a key up among the finished.
+func (k *boltKeys) findDone(f *found) error {
+	var prefix [8]byte
+	binary.BigEndian.PutUint64(prefix[:], k.hash(f.key))
+	c := k.index.Cursor()
+	for entry, _ := c.Seek(prefix[:]); bytes.HasPrefix(entry, prefix[:]); entry, _ = c.Next() {
+		if len(entry) != 16 {
+			return fmt.Errorf("%w: an index entry of %d bytes", ErrCorrupt, len(entry))
+		}
+		frame := k.done.Get(entry[8:])
+		if frame == nil {
+			return fmt.Errorf("%w: the index names a finished record that is not there", ErrCorrupt)
+		}
+		if err := checkFrame(frame); err != nil {
+			return err
+		}
+		if key, _, _, err := peek(frame); err != nil {
+			return err
+		} else if key == f.key {
+			f.frame, f.sequence = frame, binary.BigEndian.Uint64(entry[8:])
+			return nil
+		}
+	}
+	return nil
+}
+
+func (k *boltKeys) Get(key Key) (Record, error) {
+	f, err := k.find(key)
+	if err != nil {
+		return Record{}, err
+	}
+	if f.frame == nil {
+		return Record{}, fmt.Errorf("%w: %s", ErrNotFound, key)
+	}
+	return decodeRecord(f.frame)
+}
+
+func (k *boltKeys) Put(r *Record) error {
+	old, err := k.held(r.Key, r.Version)
+	if err != nil {
+		return err
+	}
+	if old.sequence != 0 {
+		return fmt.Errorf("%w: %s is finished", errIllegal, r.Key)
+	}
+	next := *r
+	next.Version++
+	if next.Status == Answered {
+		next.Sequence = k.ledger.next
+	}
+	if err := next.check(); err != nil {
+		return err
+	}
+	frame := k.encode(&next)
+	if old.frame != nil {
+		k.remove(k.ledger.counts.of(old.status), &k.ledger.liveSum, liveDigest(old.frame))
+	}
+	if next.Status == Answered {
+		if old.frame != nil {
+			if err := k.live.Delete(k.liveKey(r.Key)); err != nil {
+				return err
+			}
+		}
+		if err := k.append(r.Key, next.Sequence, frame); err != nil {
+			return err
+		}
+	} else {
+		if err := k.live.Put(k.liveKey(r.Key), frame); err != nil {
+			return err
+		}
+		k.add(k.ledger.counts.of(next.Status), &k.ledger.liveSum, liveDigest(frame))
+	}
+	*r = next
+	return nil
+}
+
+// held returns what is stored under a key if it has the version that the caller holds.
+func (k *boltKeys) held(key Key, version uint64) (*found, error) {
+	f, err := k.find(key)
+	if err != nil {
+		return nil, err
+	}
+	if f.version != version {
+		return nil, fmt.Errorf("%w: %s has version %d, not %d", ErrFenced, key, f.version, version)
+	}
+	k.last = nil // what follows changes it
+	return f, nil
+}
+
+// append adds a finished record and its index entry.
+func (k *boltKeys) append(key Key, sequence uint64, frame []byte) error {
+	hash := k.hash(key)
+	if err := k.done.Put(sequenceKey(sequence), frame); err != nil {
+		return err
+	}
+	if err := k.index.Put(indexEntry(hash, sequence), nil); err != nil {
+		return err
+	}
+	k.ledger.next++
+	k.add(&k.ledger.counts.Finished, &k.ledger.doneSum, doneDigest(sequence, frame))
+	k.ledger.indexSum_ += indexDigest(hash, sequence)
+	return nil
+}
+
+func (k *boltKeys) Delete(r Record) error {
+	old, err := k.held(r.Key, r.Version)
+	if err != nil {
+		return err
+	}
+	if old.sequence == 0 {
+		return fmt.Errorf("%w: %s is not finished", errIllegal, r.Key)
+	}
+	hash := k.hash(r.Key)
+	k.remove(&k.ledger.counts.Finished, &k.ledger.doneSum, doneDigest(old.sequence, old.frame))
+	k.ledger.indexSum_ -= indexDigest(hash, old.sequence)
+	if err := k.index.Delete(indexEntry(hash, old.sequence)); err != nil {
+		return err
+	}
+	return k.done.Delete(sequenceKey(old.sequence))
+}
+
+func (k *boltKeys) add(count, sum *uint64, digest uint64) {
+	*count++
+	*sum += digest
+	k.changed = true
+}
+
+func (k *boltKeys) remove(count, sum *uint64, digest uint64) {
+	*count--
+	*sum -= digest
+	k.changed = true
+}
+
+// encode frames a record in memory that stays as it is until the transaction ends.
+func (k *boltKeys) encode(r *Record) []byte {
+	start := len(k.arena)
+	k.arena = appendRecord(k.arena, r)
+	return k.arena[start:len(k.arena):len(k.arena)]
+}
+
+func (k *boltKeys) Unfinished(after Key, limit int) ([]Record, error) {
+	c := k.live.Cursor()
+	name, frame := c.First()
+	if after != (Key{}) {
+		if name, frame = c.Seek(k.liveKey(after)); bytes.Equal(name, k.liveKey(after)) {
+			name, frame = c.Next()
+		}
+	}
+	return page(c, name, frame, limit)
+}
+
+func (k *boltKeys) Finished(after uint64, limit int) ([]Record, error) {
+	c := k.done.Cursor()
+	name, frame := c.Seek(sequenceKey(after + 1))
+	return page(c, name, frame, limit)
+}
+
+// page decodes up to limit records from a cursor's position on.
+func page(c *bbolt.Cursor, name, frame []byte, limit int) ([]Record, error) {
+	var records []Record
+	for ; name != nil && len(records) < limit; name, frame = c.Next() {
+		r, err := decodeRecord(frame)
+		if err != nil {
+			return nil, err
+		}
+		records = append(records, r)
+	}
+	return records, nil
+}
+
+func (k *boltKeys) Counts() (Counts, error) { return k.ledger.counts, nil }
+
+// brokenKeys are the records of a store that lost its buckets.
+type brokenKeys struct{ err error }
+
+func (b brokenKeys) Get(Key) (Record, error)                { return Record{}, b.err }
+func (b brokenKeys) Put(*Record) error                      { return b.err }
+func (b brokenKeys) Delete(Record) error                    { return b.err }
+func (b brokenKeys) Unfinished(Key, int) ([]Record, error)  { return nil, b.err }
+func (b brokenKeys) Finished(uint64, int) ([]Record, error) { return nil, b.err }
+func (b brokenKeys) Counts() (Counts, error)                { return Counts{}, b.err }
+
+func (s *boltStore) View(_ context.Context, fn func(tx *bbolt.Tx) error) error {
+	if err := s.failure(); err != nil {
+		return err
+	}
+	return s.guard(func() error { return s.db.View(fn) })
+}
+
+// guard turns the panics and faults by which bbolt meets a damaged file into ErrCorrupt; all others go on.
+func (s *boltStore) guard(fn func() error) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if v := recover(); v != nil {
+			if err = damage(v); err == nil {
+				panic(v)
+			}
+		}
+	}()
+	return fn()
+}
+
+// damage recognizes a panic that bbolt, or the memory under its map, raises over a damaged file.
+func damage(v any) error {
+	if fault, ok := v.(interface{ Addr() uintptr }); ok {
+		return fmt.Errorf("%w: reading it failed at address %#x", ErrCorrupt, fault.Addr())
+	}
+	text, ok := v.(string)
+	if err, is := v.(error); is {
+		text, ok = err.Error(), true
+	}
+	for _, sign := range []string{"assertion failed: ", "invalid freelist page", "invalid page type", "page ", "cannot free page", "bolt.DB.meta()"} {
+		if ok && strings.HasPrefix(text, sign) {
+			return fmt.Errorf("%w: bbolt: %s", ErrCorrupt, text)
+		}
+	}
+	return nil
+}
+
+// commitError names what a failed bbolt commit means. Only errors known to have written nothing that counts
+// leave the store usable; all others may or may not be on disk.
+func commitError(err error) error {
+	var path *fs.PathError
+	switch {
+	case errors.Is(err, ErrCorrupt), errors.Is(err, ErrNotAStore):
+		return err
+	case errors.Is(err, berrors.ErrDatabaseNotOpen):
+		return fmt.Errorf("%w: %w", ErrClosed, err)
+	case errors.Is(err, berrors.ErrMaxSizeReached),
+		errors.As(err, &path) && path.Op == "write" && isFull(path.Err),
+		strings.HasPrefix(err.Error(), "file resize error: ") && isFullText(err.Error()): // bbolt formats the cause with %s
+		return fmt.Errorf("%w: %w", ErrStorageFull, err)
+	}
+	return fmt.Errorf("%w: %w", ErrOutcomeUnknown, err)
+}
+
+// size says how many bytes of the file hold something, and how many are free to be used again.
+func (s *boltStore) size() (used, free int64) {
+	if s.failure() != nil {
+		return 0, 0
+	}
+	_ = s.db.View(func(tx *bbolt.Tx) error {
+		stats := s.db.Stats()
+		free = int64(stats.FreePageN+stats.PendingPageN) * int64(s.db.Info().PageSize)
+		used = tx.Size() - free
+		return nil
+	})
+	return used, free
+}
+
+// admit says whether there is room for a new key: unfinished ones must be able to end.
+func (s *boltStore) admit() error {
+	s.room.Lock()
+	defer s.room.Unlock()
+	const pause = time.Second // between two looks at the disk
+	if s.room.checked.IsZero() || time.Since(s.room.checked) >= pause || time.Since(s.room.checked) < 0 {
+		s.room.checked, s.room.err = time.Now(), s.checkRoom()
+	}
+	return s.room.err
+}
+
+func (s *boltStore) checkRoom() error {
+	if used, free := s.size(); s.limit > 0 && used > s.limit {
+		return fmt.Errorf("%w: the store holds %d bytes, new keys are accepted up to %d", ErrStorageFull, used, s.limit)
+	} else if s.spare > 0 && free < s.spare {
+		if disk, err := diskFree(filepath.Dir(s.path)); err == nil && disk+free < s.spare {
+			return fmt.Errorf("%w: %d bytes are left on the disk, new keys are accepted from %d", ErrStorageFull, disk+free, s.spare)
+		}
+	}
+	return nil
+}
+
+// openBolt opens the store at path, or makes a new one where there is nothing.
+func openBolt(path string, o Options) (*boltStore, error) {
+	for range 3 { // another process may make or move the file between two steps of ours
+		f, err := openFile(path, o.LockTimeout)
+		if errors.Is(err, fs.ErrNotExist) {
+			err = createBolt(path)
+			if err == nil || errors.Is(err, fs.ErrExist) || errors.Is(err, fs.ErrNotExist) && dirExists(path) {
+				continue
+			}
+		}
+		if err != nil {
+			return nil, err
+		}
+		db, err := openChecked(f, o.VerifyLimit)
+		if err != nil {
+			unlockFile(f)
+			f.Close()
+			return nil, fmt.Errorf("%w (%s)", err, path)
+		}
+		s := newBoltStore(db, path)
+		s.file, s.limit, s.spare = f, o.MaxBytes, o.Headroom
+		return s, nil
+	}
+	return nil, fmt.Errorf("%w: %s changes while it is being opened", ErrMoved, path)
+}
+
+func dirExists(path string) bool {
+	info, err := os.Stat(filepath.Dir(path))
+	return err == nil && info.IsDir()
+}
+
+// openFile opens and locks an existing file, and makes sure that it is still what the path leads to.
+func openFile(path string, timeout time.Duration) (*os.File, error) {
+	if info, err := os.Stat(path); err != nil {
+		return nil, fmt.Errorf("keystate: %w", err)
+	} else if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%w: %s is no regular file", ErrNotAStore, path)
+	}
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return nil, fmt.Errorf("keystate: %w", err)
+	}
+	if err := lockFile(f, timeout); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("%w (%s)", err, path)
+	}
+	mine, err1 := f.Stat()
+	there, err2 := os.Stat(path)
+	if err := errors.Join(err1, err2); err != nil || !os.SameFile(mine, there) {
+		f.Close()
+		return nil, fmt.Errorf("keystate: %s was moved away while it was opened: %w", path, fs.ErrNotExist)
+	}
+	return f, nil
+}
+
+// openChecked checks the file's pages before bbolt maps them, and its records before anybody relies on them.
+func openChecked(f *os.File, verifyLimit int64) (*bbolt.DB, error) {
+	info, err := f.Stat()
+	if err != nil {
+		return nil, fmt.Errorf("keystate: %w", err)
+	}
+	all := info.Size() <= verifyLimit
+	if err := checkPages(f, info.Size(), all, true); err != nil {
+		return nil, err
+	}
+	db, err := openDB(f)
+	if err != nil {
+		return nil, err
+	}
+	if err := checkDB(db, all); err != nil {
+		closeBolt(db, f)
+		return nil, err
+	}
+	return db, nil
+}
+
+// checkPages checks the file's structure: of every bucket, or of those that hold what is unfinished. When the file is about to
+// be written, the meta pages are written and synced anew first: after a sync that failed, the kernel may
+// take pages for clean that the disk has never seen.
+func checkPages(f *os.File, size int64, all, write bool) error {
+	header, err := boltfile.ReadHeader(f, size)
+	if err == nil && write {
+		if err := boltfile.SyncMetas(f, header); err != nil {
+			return fmt.Errorf("%w: %w", ErrOutcomeUnknown, err)
+		}
+	}
+	if err == nil {
+		visit := isLive
+		if all {
+			visit = nil
+		}
+		err = boltfile.Check(f, size, header, visit)
+	}
+	switch {
+	case errors.Is(err, boltfile.ErrForeign):
+		return fmt.Errorf("%w: %w", ErrNotAStore, err)
+	case errors.Is(err, boltfile.ErrDamaged):
+		return fmt.Errorf("%w: %w", ErrCorrupt, err)
+	case err != nil:
+		return fmt.Errorf("keystate: %w", err)
+	}
+	return nil
+}
+
+// isLive picks the buckets that Open looks at however large the file is.
+func isLive(path [][]byte) bool {
+	return bytes.Equal(path[0], bucketRoot) && (len(path) == 1 || len(path) == 2 && bytes.Equal(path[1], bucketLive))
+}
+
+func checkDB(db *bbolt.DB, all bool) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if v := recover(); v != nil {
+			err = fmt.Errorf("%w: %v", ErrCorrupt, v)
+		}
+	}()
+	return db.View(func(tx *bbolt.Tx) error {
+		id, err := readIdentity(tx)
+		if err != nil {
+			return err
+		}
+		return checkRecords(tx, id, all)
+	})
+}
+
+// openDB opens bbolt on a file that is open and locked, and survives the panics by which it meets a damaged one.
+func openDB(f *os.File) (db *bbolt.DB, err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if v := recover(); v != nil {
+			err = fmt.Errorf("%w: opening it: %v", ErrCorrupt, v)
+		}
+	}()
+	db, err = bbolt.Open(f.Name(), 0o600, &bbolt.Options{
+		Timeout:         time.Second, // on Windows, where the lock is bbolt's own
+		InitialMmapSize: initialMap,
+		FreelistType:    bbolt.FreelistArrayType,
+		OpenFile:        func(string, int, fs.FileMode) (*os.File, error) { return f, nil },
+	})
+	switch {
+	case errors.Is(err, berrors.ErrTimeout):
+		return nil, ErrLocked
+	case err != nil:
+		return nil, fmt.Errorf("%w: %w", ErrCorrupt, err)
+	}
+	return db, nil
+}
+
+// createBolt makes an empty store at path. It is made under another name and linked when it is whole and
+// synced: after a crash there is a complete store or none. It never replaces a file that is there.
+func createBolt(path string) (err error) {
+	dir, base := filepath.Split(path)
+	if dir == "" {
+		dir = "."
+	}
+	draft, err := os.CreateTemp(dir, "."+base+".creating-*")
+	if err != nil {
+		return fmt.Errorf("keystate: %w", err)
+	}
+	defer os.Remove(draft.Name())
+	if err := draft.Close(); err != nil {
+		return fmt.Errorf("keystate: %w", err)
+	}
+	db, err := bbolt.Open(draft.Name(), 0o600, &bbolt.Options{Timeout: time.Second})
+	if err != nil {
+		return fmt.Errorf("keystate: create %s: %w", path, err)
+	}
+	if err := errors.Join(db.Update(initBuckets), db.Sync(), db.Close()); err != nil {
+		return fmt.Errorf("keystate: create %s: %w", path, commitError(err))
+	}
+	if err := os.Link(draft.Name(), path); err != nil {
+		return fmt.Errorf("keystate: %w", err)
+	}
+	if err := os.Remove(draft.Name()); err != nil {
+		return fmt.Errorf("keystate: %w", err)
+	}
+	return syncDir(dir)
+}
+
+// checkRecords checks what the ledger says against what the buckets hold: the unfinished records always, the
+// finished ones and their index when asked to.
+func checkRecords(tx *bbolt.Tx, id [16]byte, all bool) error {
+	k, err := newBoltKeys(tx, id)
+	if err != nil {
+		return err
+	}
+	want := k.ledger
+	if err := k.tallyLive(); err != nil {
+		return err
+	}
+	if all {
+		if err := k.tallyDone(); err != nil {
+			return err
+		}
+	} else {
+		k.ledger.counts.Finished, k.ledger.doneSum, k.ledger.indexSum_ = want.counts.Finished, want.doneSum, want.indexSum_
+	}
+	if k.ledger != want {
+		return fmt.Errorf("%w: the records do not add up to what the ledger says: a key is missing, or was another", ErrCorrupt)
+	}
+	return nil
+}
+
+// tallyLive counts and sums the unfinished records anew.
+func (k *boltKeys) tallyLive() error {
+	k.ledger.counts, k.ledger.liveSum = Counts{}, 0
+	return k.live.ForEach(func(name, frame []byte) error {
+		r, err := decodeRecord(frame)
+		if err != nil {
+			return err
+		}
+		if !bytes.Equal(name, k.liveKey(r.Key)) || r.Status == Answered {
+			return fmt.Errorf("%w: the record of %s lies where it does not belong", ErrCorrupt, r.Key)
+		}
+		k.add(k.ledger.counts.of(r.Status), &k.ledger.liveSum, liveDigest(frame))
+		return nil
+	})
+}
+
+// tallyDone counts and sums the finished records and their index anew. The index is judged by its own sum:
+// the ledger's must equal both what the entries and what the records add up to.
+func (k *boltKeys) tallyDone() error {
+	var byRecords, byEntries, entries uint64
+	k.ledger.doneSum = 0
+	err := k.done.ForEach(func(name, frame []byte) error {
+		if err := checkFrame(frame); err != nil {
+			return err
+		}
+		key, _, _, err := peek(frame)
+		if err != nil || len(name) != 8 {
+			return fmt.Errorf("%w: a finished record does not decode", ErrCorrupt)
+		}
+		sequence := binary.BigEndian.Uint64(name)
+		k.add(&k.ledger.counts.Finished, &k.ledger.doneSum, doneDigest(sequence, frame))
+		byRecords += indexDigest(k.hash(key), sequence)
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	err = k.index.ForEach(func(entry, _ []byte) error {
+		if len(entry) != 16 {
+			return fmt.Errorf("%w: an index entry of %d bytes", ErrCorrupt, len(entry))
+		}
+		entries++
+		byEntries += indexDigest(binary.BigEndian.Uint64(entry), binary.BigEndian.Uint64(entry[8:]))
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if byRecords != byEntries || entries != k.ledger.counts.Finished {
+		return fmt.Errorf("%w: the index does not name the finished records", ErrCorrupt)
+	}
+	k.ledger.indexSum_ = byEntries
+	return nil
+}
+
+// Close ends the committer, and the database if the store opened it.
+func (s *boltStore) Close() error {
+	if !s.stop() {
+		return nil
+	}
+	attached.Delete(s.db)
+	if s.file == nil {
+		return nil
+	}
+	return closeBolt(s.db, s.file)
+}
+
+// closeBolt closes a database even where bbolt panics over it, and never leaves the lock behind.
+func closeBolt(db *bbolt.DB, file *os.File) (err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			err = fmt.Errorf("%w: closing it: %v", ErrCorrupt, v)
+			unlockFile(file)
+			file.Close()
+		}
+	}()
+	return db.Close()
+}

@@ -1,0 +1,383 @@
+package keystate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.etcd.io/bbolt"
+)
+
+// Group commit: whoever has something to commit stands in line, and the committer carries all who wait in
+// one bbolt transaction as soon as the one before is durable. There is no timer: nobody waits for a clock.
+//
+// A member that fails must leave no trace, and bbolt cannot undo a part of a transaction. So the group's first
+// try goes through to its end, which finds everybody who may fail; each of these is then tried alone, which
+// tells who does; and the rest are run again together. That costs a group one more run, however many fail.
+
+// maxGroup bounds a transaction, so that those who come later are not kept waiting.
+const maxGroup = 1024
+
+// maxArena is what the committer keeps of the memory for records from group to group.
+const maxArena = 4 << 20
+
+// A member is one call of Update that waits for its commit.
+type member struct {
+	fn   func(tx *bbolt.Tx) error
+	done chan error
+	err  error // why it failed in the present try
+}
+
+// A group is the members that are being committed together.
+type group struct {
+	members []*member
+	running *member // whose function is running
+	tx      *bbolt.Tx
+	keys    *boltKeys
+	began   time.Time
+}
+
+type committer struct {
+	store *boltStore
+	wake  chan struct{} // holds a token while the line may have members
+	ended chan struct{} // closed when the committer has stopped
+
+	mu      sync.Mutex
+	line    []*member
+	closed  bool
+	started bool
+	present atomic.Pointer[group] // what is being committed
+	broken  atomic.Pointer[error] // fail-stop: why nothing more is committed
+	arena   []byte
+	told    func(Event)
+}
+
+func (c *committer) init(s *boltStore) {
+	c.store, c.wake, c.ended = s, make(chan struct{}, 1), make(chan struct{})
+	c.told = func(Event) {}
+}
+
+func (c *committer) start() {
+	c.started = true
+	go c.loop(nil)
+}
+
+func (c *committer) current() *group       { return c.present.Load() }
+func (c *committer) onGroup(f func(Event)) { c.told = f }
+
+// failure is why the store refuses to work, or nil.
+func (c *committer) failure() error {
+	if err := c.broken.Load(); err != nil {
+		return *err
+	}
+	return nil
+}
+
+// fail stops the store for good: the first reason stays.
+func (c *committer) fail(err error) error {
+	c.broken.CompareAndSwap(nil, &err)
+	return err
+}
+
+// Update commits fn with whoever else is in line.
+func (c *committer) Update(ctx context.Context, fn func(tx *bbolt.Tx) error) error {
+	m := &member{fn: fn, done: make(chan error, 1)}
+	if err := c.join(m); err != nil {
+		return err
+	}
+	select {
+	case err := <-m.done:
+		return err
+	case <-ctx.Done():
+		if c.leave(m) {
+			return ctx.Err()
+		}
+		return <-m.done // it is being committed: only the outcome tells what happened
+	}
+}
+
+func (c *committer) join(m *member) error {
+	if err := c.failure(); err != nil {
+		return err
+	}
+	c.mu.Lock()
+	if c.closed {
+		c.mu.Unlock()
+		return ErrClosed
+	}
+	c.line = append(c.line, m)
+	c.mu.Unlock()
+	c.nudge()
+	return nil
+}
+
+func (c *committer) nudge() {
+	select {
+	case c.wake <- struct{}{}:
+	default:
+	}
+}
+
+// leave takes a member out of the line, if it is still there.
+func (c *committer) leave(m *member) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for i := range c.line {
+		if c.line[i] == m {
+			c.line = append(c.line[:i], c.line[i+1:]...)
+			return true
+		}
+	}
+	return false
+}
+
+// stop ends the committer after everybody in line is served. It reports whether this call was the first.
+func (c *committer) stop() bool {
+	c.mu.Lock()
+	first := !c.closed
+	c.closed = true
+	c.mu.Unlock()
+	if first && c.started {
+		c.nudge()
+		<-c.ended
+	}
+	return first
+}
+
+// loop commits group after group. A member that calls runtime.Goexit ends the goroutine it runs on: then the
+// rest of its group, g, goes on in another one.
+func (c *committer) loop(g *group) {
+	finished := false
+	defer func() {
+		if finished {
+			close(c.ended)
+			return
+		}
+		g = c.present.Load()
+		c.rollback(g)
+		g.forget()
+		g.running.err = errors.New("keystate: a commit called runtime.Goexit")
+		g.expel()
+		go c.loop(g)
+	}()
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	if g != nil {
+		c.commit(g)
+	}
+	for range c.wake {
+		for g := c.gather(); g != nil; g = c.gather() {
+			c.commit(g)
+		}
+		if c.isClosed() {
+			break
+		}
+	}
+	finished = true
+}
+
+func (c *committer) isClosed() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.closed && len(c.line) == 0
+}
+
+// gather takes everybody in line, or nil. It first lets those run who are about to join, until the line stops
+// growing: without that, a convoy forms that shares each sync among half as many.
+func (c *committer) gather() *group {
+	for n := -1; ; {
+		c.mu.Lock()
+		grown := len(c.line)
+		if grown <= n || grown >= maxGroup {
+			break
+		}
+		n = grown
+		c.mu.Unlock()
+		runtime.Gosched()
+	}
+	defer c.mu.Unlock()
+	n := min(len(c.line), maxGroup)
+	if n == 0 {
+		return nil
+	}
+	g := &group{members: append([]*member(nil), c.line[:n]...), began: time.Now()}
+	c.line = append(c.line[:0], c.line[n:]...)
+	return g
+}
+
+// commit carries a group to its end: everybody in it has an answer afterwards.
+func (c *committer) commit(g *group) {
+	c.present.Store(g)
+	defer c.present.Store(nil)
+	for len(g.members) > 0 {
+		if err := c.begin(g); err != nil {
+			g.answer(err)
+			return
+		}
+		if !c.try(g) {
+			err := c.seal(g)
+			if err == nil {
+				c.told(Event{Size: len(g.members), Took: time.Since(g.began)})
+			}
+			g.answer(err)
+			return
+		}
+		c.rollback(g)
+		c.judge(g)
+		g.expel()
+	}
+}
+
+// begin opens the group's transaction.
+func (c *committer) begin(g *group) (err error) {
+	if err := c.failure(); err != nil {
+		return err
+	}
+	if info, err := os.Stat(c.store.path); err != nil || !os.SameFile(info, c.store.info) {
+		return c.fail(fmt.Errorf("%w: %s", ErrMoved, c.store.path))
+	}
+	if g.tx, err = c.store.db.Begin(true); err != nil {
+		return c.fail(commitError(err))
+	}
+	if g.keys, err = newBoltKeys(g.tx, c.store.id); err != nil {
+		c.rollback(g)
+		return c.fail(err)
+	}
+	g.keys.arena = c.arena[:0]
+	return nil
+}
+
+// try runs every member once and reports whether one failed: then the transaction is spoiled.
+func (c *committer) try(g *group) (spoiled bool) {
+	for _, m := range g.members {
+		if m.err = g.run(m); m.err != nil {
+			spoiled = true
+		}
+	}
+	return spoiled
+}
+
+// run calls a member's function; a panic in it is its error.
+func (g *group) run(m *member) (err error) {
+	g.running = m
+	defer func() {
+		if v := recover(); v != nil {
+			if err = damage(v); err == nil {
+				err = &panicError{value: v, stack: debug.Stack()}
+			}
+		}
+	}()
+	return m.fn(g.tx)
+}
+
+// judge tries everybody alone who failed in the spoiled transaction. Whoever fails on a clean slate too, has
+// failed; the others may have been harmed by what a failed member wrote.
+func (c *committer) judge(g *group) {
+	if len(g.members) == 1 {
+		return
+	}
+	first := true
+	for _, m := range g.members {
+		if m.err == nil {
+			continue
+		}
+		if first { // nobody had failed before it: its slate was clean
+			first = false
+			continue
+		}
+		if err := c.begin(g); err != nil {
+			m.err = err
+			continue
+		}
+		m.err = g.run(m)
+		c.rollback(g)
+	}
+}
+
+// expel answers the members that failed and keeps the others.
+func (g *group) expel() {
+	rest := g.members[:0]
+	for _, m := range g.members {
+		if m.err != nil {
+			m.done <- m.err
+		} else {
+			rest = append(rest, m)
+		}
+	}
+	g.members = rest
+}
+
+// forget takes back what a try that was broken off had found.
+func (g *group) forget() {
+	for _, m := range g.members {
+		m.err = nil
+	}
+}
+
+func (g *group) answer(err error) {
+	for _, m := range g.members {
+		m.done <- err
+	}
+	g.members = nil
+}
+
+// seal writes the ledger and commits. After a failure whose outcome is open, the store stops.
+func (c *committer) seal(g *group) (err error) {
+	if g.keys.changed {
+		if err := g.keys.flush(); err != nil {
+			c.rollback(g)
+			return c.fail(err)
+		}
+	}
+	id := g.tx.ID()
+	defer func() { // bbolt has copied what it kept
+		if c.arena = g.keys.arena; cap(c.arena) > maxArena {
+			c.arena = nil
+		}
+	}()
+	if err = c.guardedCommit(g.tx); err == nil {
+		return nil
+	}
+	if err = commitError(err); errors.Is(err, ErrStorageFull) && !c.visible(id) {
+		return err
+	}
+	if errors.Is(err, ErrStorageFull) {
+		err = fmt.Errorf("%w: %w", ErrOutcomeUnknown, err)
+	}
+	return c.fail(err)
+}
+
+func (c *committer) guardedCommit(tx *bbolt.Tx) error {
+	return c.store.guard(tx.Commit)
+}
+
+// visible says whether readers see the transaction of that id.
+func (c *committer) visible(id int) bool {
+	seen := true
+	_ = c.store.guard(func() error {
+		return c.store.db.View(func(tx *bbolt.Tx) error {
+			seen = tx.ID() >= id
+			return nil
+		})
+	})
+	return seen
+}
+
+func (c *committer) rollback(g *group) {
+	if err := c.store.guard(g.tx.Rollback); err != nil {
+		c.fail(err)
+	}
+}
+
+// A panicError is what a panic in a phase becomes.
+type panicError struct {
+	value any
+	stack []byte
+}
+
+func (p *panicError) Error() string { return fmt.Sprintf("panic: %v", p.value) }

@@ -1,0 +1,276 @@
+package keystate
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"math"
+	"time"
+)
+
+// A stored record is a frame around a body:
+//
+//	format   1 byte, 1
+//	length   4 bytes little-endian, of the body
+//	checksum 4 bytes little-endian, CRC-32C over format, length and body
+//	body     the fields in the order of appendRecord
+//
+// Evolution rule: a format, once released, is never changed. A new field means a new format number whose decoder stands
+// beside the old one's; every format ever written stays readable, and testdata holds a file of each. Statuses,
+// points and reasons are stored by name, never by number.
+const (
+	recordFormat = 1
+	frameSize    = 9
+)
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// MarshalBinary returns the record as every store keeps it: framed, length-checked and checksummed.
+func (r Record) MarshalBinary() ([]byte, error) {
+	return appendRecord(nil, &r), nil
+}
+
+// UnmarshalBinary decodes what MarshalBinary wrote. It refuses anything else with [ErrCorrupt], and a later
+// release's format with [ErrNotAStore].
+func (r *Record) UnmarshalBinary(b []byte) error {
+	decoded, err := decodeRecord(b)
+	if err != nil {
+		return err
+	}
+	*r = decoded
+	return nil
+}
+
+func appendRecord(b []byte, r *Record) []byte {
+	start := len(b)
+	b = append(b, make([]byte, frameSize)...)
+	b = appendString(b, r.Key.Scope)
+	b = appendString(b, r.Key.ID)
+	b = appendString(b, r.Machine)
+	b = appendString(b, string(r.Status))
+	b = appendString(b, string(r.Point))
+	b = append(b, r.Incarnation[:]...)
+	b = append(b, r.Fingerprint[:]...)
+	b = binary.AppendUvarint(b, r.Version)
+	b = binary.AppendUvarint(b, r.Epoch)
+	b = binary.AppendUvarint(b, r.Sequence)
+	b = appendTime(b, r.Created)
+	b = appendTime(b, r.Ended)
+	b = binary.AppendUvarint(b, uint64(r.Attempts))
+	b = appendTime(b, r.FirstTried)
+	b = appendTime(b, r.Due)
+	b = appendString(b, string(r.ParkReason))
+	b = appendString(b, r.LastError)
+	b = append(b, flags(r.Acted, r.Refusal != nil))
+	if r.Refusal != nil {
+		b = appendString(b, string(r.Refusal.Before))
+		b = appendString(b, r.Refusal.Reason)
+	}
+	b = binary.AppendUvarint(b, uint64(len(r.History)))
+	for _, p := range r.History {
+		b = appendString(b, string(p.Point))
+		b = appendTime(b, p.At)
+		b = binary.AppendUvarint(b, uint64(p.Attempts))
+		b = appendString(b, p.Ignored)
+	}
+	b = binary.AppendUvarint(b, uint64(len(r.State)))
+	b = append(b, r.State...)
+
+	frame := b[start:]
+	frame[0] = recordFormat
+	binary.LittleEndian.PutUint32(frame[1:], uint32(len(frame)-frameSize))
+	binary.LittleEndian.PutUint32(frame[5:], recordSum(frame))
+	return b
+}
+
+func appendString(b []byte, s string) []byte {
+	return append(binary.AppendUvarint(b, uint64(len(s))), s...)
+}
+
+// appendTime stores microseconds since 1970, and 0 for the zero time.
+func appendTime(b []byte, t time.Time) []byte {
+	if t.IsZero() {
+		return append(b, 0)
+	}
+	return binary.AppendVarint(b, t.UnixMicro())
+}
+
+func flags(acted, refused bool) (f byte) {
+	if acted {
+		f |= 1
+	}
+	if refused {
+		f |= 2
+	}
+	return f
+}
+
+// recordSum is the checksum of a framed record.
+func recordSum(frame []byte) uint32 {
+	return crc32.Update(crc32.Checksum(frame[:5], castagnoli), castagnoli, frame[frameSize:])
+}
+
+// storedSum is the checksum that a framed record bears.
+func storedSum(frame []byte) uint32 { return binary.LittleEndian.Uint32(frame[5:]) }
+
+// checkFrame verifies a stored record without decoding it.
+func checkFrame(b []byte) error {
+	switch {
+	case len(b) < frameSize:
+		return fmt.Errorf("%w: a record of %d bytes", ErrCorrupt, len(b))
+	case b[0] > recordFormat:
+		return fmt.Errorf("%w: a record of format %d, this release reads up to %d", ErrNotAStore, b[0], recordFormat)
+	case b[0] != recordFormat:
+		return fmt.Errorf("%w: a record of format %d", ErrCorrupt, b[0])
+	case uint64(binary.LittleEndian.Uint32(b[1:])) != uint64(len(b)-frameSize):
+		return fmt.Errorf("%w: a record's length does not match", ErrCorrupt)
+	case storedSum(b) != recordSum(b):
+		return fmt.Errorf("%w: a record's checksum does not match", ErrCorrupt)
+	}
+	return nil
+}
+
+func decodeRecord(b []byte) (Record, error) {
+	if err := checkFrame(b); err != nil {
+		return Record{}, err
+	}
+	c := cursor{rest: string(b[frameSize:])} // one copy, which all strings share
+	r := Record{
+		Key:         Key{Scope: c.string(), ID: c.string()},
+		Machine:     c.string(),
+		Status:      Status(c.string()),
+		Point:       RecoveryPoint(c.string()),
+		Incarnation: c.id(),
+		Fingerprint: c.id(),
+		Version:     c.uint(),
+		Epoch:       c.uint(),
+		Sequence:    c.uint(),
+		Created:     c.time(),
+		Ended:       c.time(),
+		Attempts:    c.count(math.MaxInt32),
+		FirstTried:  c.time(),
+		Due:         c.time(),
+		ParkReason:  ParkReason(c.string()),
+		LastError:   c.string(),
+	}
+	marks := c.byte()
+	r.Acted = marks&1 != 0
+	if marks&2 != 0 {
+		r.Refusal = &Refusal{Before: RecoveryPoint(c.string()), Reason: c.string()}
+	}
+	const smallestPassage = 4 // bytes: it bounds what a length can make us allocate
+	r.History = make([]Passage, c.count(len(c.rest)/smallestPassage))
+	for i := range r.History {
+		r.History[i] = Passage{Point: RecoveryPoint(c.string()), At: c.time(), Attempts: c.count(math.MaxInt32), Ignored: c.string()}
+	}
+	r.State = []byte(c.string())
+	if marks > 3 || c.rest != "" {
+		c.failed = true
+	}
+	if c.failed {
+		return Record{}, fmt.Errorf("%w: a record with a good checksum does not decode", ErrCorrupt)
+	}
+	return r, r.check()
+}
+
+var errImpossible = errors.New("impossible record")
+
+// check asserts what must hold of every record, after reading and before writing.
+func (r *Record) check() error {
+	switch r.Status {
+	case Running, Waiting, Parked, Answered:
+	default:
+		return fmt.Errorf("%w: %w: status %q", ErrCorrupt, errImpossible, r.Status)
+	}
+	switch {
+	case r.Key.validate() != nil,
+		r.Machine == "", r.Point == "",
+		(r.Status == Answered) != (r.Point == Finished),
+		(r.Status == Answered) == r.Ended.IsZero(),
+		(r.Status == Parked) != (r.ParkReason != ""),
+		r.Refusal != nil && r.Status != Answered,
+		len(r.History) == 0 || r.History[len(r.History)-1].Point != r.Point:
+		return fmt.Errorf("%w: %w: %s is %q at %q", ErrCorrupt, errImpossible, r.Key, r.Status, r.Point)
+	}
+	return nil
+}
+
+// A cursor reads fields off a body. After a fault it yields zero values and remembers it.
+type cursor struct {
+	rest   string
+	failed bool
+}
+
+func (c *cursor) take(n int) string {
+	if n < 0 || n > len(c.rest) {
+		c.failed, c.rest, n = true, "", 0
+	}
+	s := c.rest[:n]
+	c.rest = c.rest[n:]
+	return s
+}
+
+func (c *cursor) uint() uint64 {
+	var v uint64
+	for shift := uint(0); shift < 64; shift += 7 {
+		b := c.byte()
+		v |= uint64(b&0x7f) << shift
+		if b < 0x80 {
+			if shift == 63 && b > 1 {
+				break
+			}
+			return v
+		}
+	}
+	c.failed = true
+	return 0
+}
+
+func (c *cursor) count(limit int) int {
+	v := c.uint()
+	if v > uint64(limit) {
+		c.failed = true
+		return 0
+	}
+	return int(v)
+}
+
+func (c *cursor) byte() byte {
+	if s := c.take(1); s != "" {
+		return s[0]
+	}
+	return 0
+}
+
+func (c *cursor) string() string { return c.take(c.count(len(c.rest))) }
+
+func (c *cursor) id() (id [16]byte) {
+	copy(id[:], c.take(len(id)))
+	return id
+}
+
+func (c *cursor) time() time.Time {
+	u := c.uint()
+	v := int64(u>>1) ^ -int64(u&1) // zigzag, as binary.AppendVarint writes it
+	if v == 0 {
+		return time.Time{}
+	}
+	return time.UnixMicro(v)
+}
+
+// peek reads the head of a verified record: what it takes to replace or index it.
+func peek(frame []byte) (key Key, status Status, version uint64, err error) {
+	c := cursor{rest: string(frame[frameSize:])}
+	key = Key{Scope: c.string(), ID: c.string()}
+	c.string() // machine
+	status = Status(c.string())
+	c.string() // point
+	c.id()
+	c.id()
+	version = c.uint()
+	if c.failed {
+		err = fmt.Errorf("%w: a record with a good checksum does not decode", ErrCorrupt)
+	}
+	return key, status, version, err
+}

@@ -1,0 +1,679 @@
+package keystate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime/debug"
+	"time"
+)
+
+// A run is one key under way in this engine; everybody who asks for the key shares it.
+type run struct {
+	key      Key
+	machine  string
+	print    [16]byte
+	replayed bool
+	slot     bool          // it holds one of Options.MaxRuns
+	claimed  chan struct{} // closed when the claim is durable
+	done     chan struct{} // closed when the run has ended; then record and err stay as they are
+	record   Record        // as last committed
+	err      error         // why the run ended short of an answer
+}
+
+var closedChan = func() chan struct{} {
+	c := make(chan struct{})
+	close(c)
+	return c
+}()
+
+// start finds the answer of a key, joins its run, or begins one.
+func (m *machine[Tx]) start(ctx context.Context, key Key, print [16]byte, request []byte) (*run, error) {
+	e := m.engine
+	if ctx.Value(inCommit{}) != nil {
+		return nil, fmt.Errorf("%w: %s", ErrInCommit, key)
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	if r, err := e.join(m, key, print); r != nil || err != nil {
+		return r, err
+	}
+	stored, err := m.load(ctx, key)
+	switch {
+	case errors.Is(err, ErrNotFound):
+		if err := e.admit(); err != nil {
+			return nil, err
+		}
+	case err != nil:
+		return nil, err
+	default:
+		if r, err := m.settled(stored, print); r != nil || err != nil {
+			return r, err
+		}
+	}
+	if err := e.takeSlot(ctx); err != nil {
+		return nil, err
+	}
+	r, mine, err := e.enroll(m, key, print, true)
+	if err != nil || !mine {
+		e.freeSlot()
+		return r, err
+	}
+	go m.travel(r, request)
+	return r, nil
+}
+
+// load reads a key's record.
+func (m *machine[Tx]) load(ctx context.Context, key Key) (r Record, err error) {
+	err = m.engine.store.View(ctx, func(tx Tx) error {
+		r, err = m.engine.store.Keys(tx).Get(key)
+		return err
+	})
+	return r, err
+}
+
+// settled answers for a key that needs no run: one used for another request, a finished one, a parked one.
+func (m *machine[Tx]) settled(stored Record, print [16]byte) (*run, error) {
+	switch {
+	case !m.owns(stored, print):
+		return nil, fmt.Errorf("%w: %s", ErrMismatch, stored.Key)
+	case stored.Status == Answered:
+		m.engine.observe(m.engine.observer.Replayed, Event{Key: stored.Key, Machine: m.name, Point: Finished})
+		return &run{key: stored.Key, machine: m.name, replayed: true, claimed: closedChan, done: closedChan, record: stored}, nil
+	case stored.Status == Parked:
+		return nil, m.stopped(stored, errors.New(stored.LastError))
+	}
+	return nil, nil
+}
+
+// stopped is what callers are told of a key that rests short of its end.
+func (m *machine[Tx]) stopped(r Record, err error) *PhaseError {
+	if err.Error() == "" {
+		err = errors.New(string(r.ParkReason))
+	}
+	return &PhaseError{
+		Key: r.Key, Machine: m.name, Before: m.before(r.Point), Attempt: r.Attempts, Reason: r.ParkReason, Err: err,
+	}
+}
+
+// A journey is what a run knows while it carries its key along.
+type journey[Tx any] struct {
+	*machine[Tx]
+	shared *run
+	record Record    // as stored
+	sent   time.Time // when the next phase's effect may have been sent first, before the present attempt
+	inRun  int       // attempts at the next phase in this run
+	pause  time.Duration
+	err    error // of the last attempt, for the caller
+}
+
+// travel carries a key as far as it goes. A request is nil when the engine takes up a key by itself.
+func (m *machine[Tx]) travel(r *run, request []byte) {
+	j := &journey[Tx]{machine: m, shared: r}
+	err := j.setOut(request)
+	for err == nil && j.record.Status == Running {
+		if j.record.Version > 0 {
+			j.shared.announce()
+		}
+		err = j.advance()
+	}
+	r.record = j.record
+	switch {
+	case err != nil && j.record.Version > 0 && j.record.Status != Answered:
+		r.err = m.stopped(j.record, err)
+	case err != nil:
+		r.err = err
+	case j.record.Status != Answered:
+		if j.err == nil {
+			j.err = ErrClosed
+		}
+		r.err = m.stopped(j.record, j.err)
+	}
+	m.engine.dismiss(r)
+}
+
+func (r *run) announce() {
+	select {
+	case <-r.claimed:
+	default:
+		close(r.claimed)
+	}
+}
+
+// setOut claims the key: a new one together with its first phases, or one that rests somewhere.
+func (j *journey[Tx]) setOut(request []byte) error {
+	if request != nil {
+		err := j.commit(leg{request: request, state: request, stop: len(j.phases)})
+		if !errors.Is(err, errExists) {
+			return err
+		}
+	}
+	return j.takeUp()
+}
+
+// errExists breaks off the making of a record that is there already.
+var errExists = errors.New("keystate: the key exists")
+
+// takeUp claims a key that rests somewhere, and counts the attempt that is to come before it begins.
+func (j *journey[Tx]) takeUp() error {
+	var parked error
+	err := j.engine.store.Update(context.Background(), func(tx Tx) error {
+		keys := j.engine.store.Keys(tx)
+		stored, err := keys.Get(j.shared.key)
+		if err != nil {
+			return err
+		}
+		j.record, parked = stored, nil
+		if !j.owns(stored, j.shared.print) {
+			return fmt.Errorf("%w: %s", ErrMismatch, stored.Key)
+		}
+		if stored.Status == Answered || stored.Status == Parked {
+			return errSettled
+		}
+		var events []event
+		events, parked = j.resumption(stored)
+		if stored, err = j.engine.rules.next(stored, events...); err != nil {
+			return err
+		}
+		if err := keys.Put(&stored); err != nil {
+			return err
+		}
+		j.sent, j.record = j.record.FirstTried, stored
+		return nil
+	})
+	if errors.Is(err, errSettled) {
+		j.shared.replayed = j.record.Status == Answered
+		j.err = errors.New(j.record.LastError)
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	j.inRun, j.err = 1, parked
+	if j.record.Status == Parked {
+		j.tell(parked)
+		return nil
+	}
+	j.engine.observe(j.engine.observer.Claimed, j.event())
+	return nil
+}
+
+// errSettled breaks off the claim of a key that needs none.
+var errSettled = errors.New("keystate: nothing to resume")
+
+// resumption is what happens to a key that is taken up: it is claimed, or parked for a reason.
+func (j *journey[Tx]) resumption(r Record) ([]event, error) {
+	at := now()
+	next, known := j.position[r.Point]
+	if !known {
+		err := fmt.Errorf("keystate: machine %q does not name the point %q", j.name, r.Point)
+		return []event{{kind: park, at: at, reason: UnknownPoint, err: err.Error()}}, err
+	}
+	if err := decodeState(r.State, j.fresh()); err != nil {
+		return []event{{kind: park, at: at, reason: Undecodable, err: err.Error()}}, err
+	}
+	if j.phases[next].retry.usedUp(r.Attempts) {
+		err := errors.New(r.LastError)
+		if r.LastError == "" {
+			err = errors.New("the process ended during every attempt")
+		}
+		return []event{{kind: park, at: at, reason: AttemptsUsedUp, err: err.Error()}}, err
+	}
+	events := []event{{kind: claim, at: at, epoch: j.engine.epoch}}
+	if present := j.point(r.Point); present != r.Point {
+		events = append(events, event{kind: rename, at: at, point: present})
+	}
+	return append(events, event{kind: try, at: at}), nil
+}
+
+// advance makes one attempt at the next phase, with what follows from it.
+func (j *journey[Tx]) advance() error {
+	if !j.rest() {
+		return j.rewrite(event{kind: release, at: now()})
+	}
+	i := j.position[j.record.Point]
+	p := &j.phases[i]
+	if p.effect == nil || j.record.Acted {
+		return j.commit(leg{from: i, state: j.record.State, stop: len(j.phases)})
+	}
+	switch j.engine.rules.plan(p, j.sent, now()) {
+	case dontKnow:
+		return j.stall(Indeterminate, errors.New("the effect may have happened, and must not happen twice"))
+	case forgotten:
+		return j.stall(TokenExpired, fmt.Errorf("the effect may have happened, and its token is honoured for %s only", p.tokenLife))
+	case ask:
+		return j.reconcile(i)
+	}
+	return j.act(i)
+}
+
+// rest waits until the next attempt may begin, and reports whether the engine is still open then.
+func (j *journey[Tx]) rest() bool {
+	if j.pause > 0 {
+		t := time.NewTimer(j.pause)
+		defer t.Stop()
+		select {
+		case <-t.C:
+		case <-j.engine.ctx.Done():
+		}
+		j.pause = 0
+	}
+	return j.engine.ctx.Err() == nil
+}
+
+// act runs the effect of phase i and commits what it found.
+func (j *journey[Tx]) act(i int) error {
+	began := time.Now()
+	state, err := j.outside(&j.phases[i], func(ctx context.Context, token string, s any) error {
+		return j.phases[i].effect(ctx, token, s)
+	})
+	if err != nil {
+		return j.effectFailed(i, state, err)
+	}
+	return j.commit(leg{from: i, state: state, acted: true, stop: len(j.phases), effect: time.Since(began)})
+}
+
+// reconcile asks what became of the effect of phase i.
+func (j *journey[Tx]) reconcile(i int) error {
+	var outcome Outcome
+	state, err := j.outside(&j.phases[i], func(ctx context.Context, token string, s any) (err error) {
+		outcome, err = j.phases[i].reconcile(ctx, token, s)
+		return err
+	})
+	switch {
+	case err != nil:
+		return j.effectFailed(i, state, err)
+	case outcome == Done:
+		return j.commit(leg{from: i, state: state, acted: true, stop: len(j.phases)})
+	case outcome == NotDone:
+		return j.act(i)
+	}
+	return j.stall(Indeterminate, errors.New("the other side cannot tell what became of the effect"))
+}
+
+// outside calls a phase's function outside every transaction, with a copy of the state of its own, and returns
+// the state as the function left it. A panic or runtime.Goexit in it is its error.
+func (j *journey[Tx]) outside(p *phase[Tx], fn func(ctx context.Context, token string, s any) error) ([]byte, error) {
+	s := j.fresh()
+	if err := decodeState(j.record.State, s); err != nil {
+		return nil, err
+	}
+	ctx, cancel := j.engine.ctx, context.CancelFunc(func() {})
+	if p.timeout > 0 {
+		ctx, cancel = context.WithTimeout(ctx, p.timeout)
+	}
+	defer cancel()
+	err := j.shielded(func() error {
+		return fn(ctx, j.engine.rules.token(j.engine.id, j.record.Incarnation, p.to), s)
+	})
+	state, encodeErr := encodeState(s, j.limit())
+	if err == nil {
+		err = encodeErr
+	}
+	if encodeErr != nil {
+		state = j.record.State
+	}
+	return state, err
+}
+
+// shielded runs fn on a goroutine of its own when it might not come back, so that a Goexit ends that one.
+func (j *journey[Tx]) shielded(fn func() error) error {
+	result := make(chan error, 1)
+	go func() {
+		err := errors.New("the phase called runtime.Goexit")
+		defer func() {
+			if v := recover(); v != nil {
+				err = j.panicked(v)
+			}
+			result <- err
+		}()
+		err = fn()
+	}()
+	return <-result
+}
+
+func (j *journey[Tx]) panicked(v any) error {
+	err := &panicError{value: v, stack: debug.Stack()}
+	j.engine.log.Error("keystate: a phase panicked", "key", j.shared.key, "machine", j.name, "after", j.record.Point, "panic", v, "stack", string(err.stack))
+	return err
+}
+
+// effectFailed does what the phase's policy says about an error of its effect.
+func (j *journey[Tx]) effectFailed(i int, state []byte, err error) error {
+	p := &j.phases[i]
+	var final *finalMark
+	if j.engine.ctx.Err() != nil && !errors.As(err, &final) { // a shutdown is not a failure
+		return j.rewrite(event{kind: release, at: now(), sent: true})
+	}
+	j.err = err
+	v, reason := j.engine.rules.judge(p, err, true, j.record.Attempts, j.inRun)
+	if v == ignored {
+		return j.commit(leg{from: i, state: j.record.State, stop: len(j.phases), ignored: map[int]string{i: err.Error()}})
+	}
+	return j.rewrite(j.consequence(p, v, reason, err, j.record.Attempts, state)...)
+}
+
+// consequence is what a verdict does to a key whose attempt is counted already.
+func (j *journey[Tx]) consequence(p *phase[Tx], v verdict, reason ParkReason, err error, attempts int, state []byte) []event {
+	at := now()
+	failed := event{kind: fail, at: at, err: err.Error()}
+	switch v {
+	case refused:
+		return []event{{kind: refuse, at: at, point: p.to, state: state, err: err.Error()}}
+	case stalled:
+		return []event{{kind: park, at: at, reason: reason, err: err.Error()}}
+	case later:
+		return []event{failed, {kind: wait, at: at, due: at.Add(p.retry.pause(attempts))}}
+	}
+	j.pause = p.retry.pause(attempts)
+	return []event{failed, {kind: try, at: at}}
+}
+
+func (j *journey[Tx]) stall(reason ParkReason, err error) error {
+	j.err = err
+	return j.rewrite(event{kind: park, at: now(), reason: reason, err: err.Error()})
+}
+
+// rewrite applies events to the key and runs no phase.
+func (j *journey[Tx]) rewrite(events ...event) error {
+	var r Record
+	err := j.engine.store.Update(context.Background(), func(tx Tx) (err error) {
+		if r, err = j.engine.rules.next(j.record, events...); err != nil {
+			return err
+		}
+		return j.engine.store.Keys(tx).Put(&r)
+	})
+	if err != nil {
+		return err
+	}
+	j.turn(r)
+	return nil
+}
+
+// turn takes over what was committed without a point being reached.
+func (j *journey[Tx]) turn(r Record) {
+	j.record, j.sent = r, r.FirstTried
+	j.inRun++
+	j.tell(j.err)
+}
+
+// tell reports how a key went on after an attempt that did not succeed.
+func (j *journey[Tx]) tell(err error) {
+	ev := j.event()
+	ev.Err = err
+	o := &j.engine.observer
+	switch j.record.Status {
+	case Running, Waiting:
+		if err != nil {
+			j.engine.observe(o.Retried, ev)
+		}
+	case Parked:
+		j.engine.log.Warn("keystate: key parked", "key", ev.Key, "machine", ev.Machine, "before", j.before(j.record.Point), "reason", j.record.ParkReason, "error", err)
+		j.engine.observe(o.Parked, ev)
+	case Answered:
+		j.engine.observe(o.Finished, ev)
+	}
+}
+
+func (j *journey[Tx]) event() Event {
+	return Event{Key: j.shared.key, Machine: j.name, Point: j.record.Point, Attempt: j.record.Attempts}
+}
+
+// A leg is what is committed in one transaction: an effect's result, or the claim of a new key, and all
+// phases from there up to the next effect.
+type leg struct {
+	request []byte         // of a new key
+	from    int            // the first phase
+	state   []byte         // before it, or after its effect
+	acted   bool           // the first phase's effect is done
+	stop    int            // the phase not to enter
+	closing []event        // what happens there
+	ignored map[int]string // errors of phases that are passed over
+	effect  time.Duration
+}
+
+// A phaseFailure is a phase's error on its way through the store.
+type phaseFailure struct {
+	phase int
+	err   error
+	state []byte // as the phase left it
+}
+
+func (f *phaseFailure) Error() string { return f.err.Error() }
+func (f *phaseFailure) Unwrap() error { return f.err }
+
+// commit carries the key along a leg. When a phase fails, what came before it still commits, together
+// with what the failure means.
+func (j *journey[Tx]) commit(l leg) error {
+	for {
+		t := trip[Tx]{journey: j, leg: l, at: -1}
+		began := time.Now()
+		err := j.engine.store.Update(context.Background(), t.transact)
+		failed := t.failure(err)
+		if failed == nil {
+			if err == nil {
+				j.arrive(&t, time.Since(began))
+			}
+			return err
+		}
+		l = j.amend(l, failed)
+	}
+}
+
+// A trip is one call of Update along a leg; the store may run it more than once.
+type trip[Tx any] struct {
+	*journey[Tx]
+	leg    leg
+	at     int // the phase whose commit is running
+	next   Record
+	staged []Record
+	took   []time.Duration // in each phase's commit
+}
+
+// transact is what happens in the transaction.
+func (t *trip[Tx]) transact(tx Tx) error {
+	t.at, t.staged, t.took = -1, nil, t.took[:0]
+	keys := t.engine.store.Keys(tx)
+	r, err := t.depart(keys)
+	if err != nil {
+		return err
+	}
+	t.engine.openOutbox(tx, &t.staged)
+	defer t.engine.closeOutbox(tx)
+	end, state, err := t.phasesIn(tx)
+	if err != nil {
+		return err
+	}
+	events := t.arrivals(end, state)
+	if r, err = t.engine.rules.next(r, events...); err != nil {
+		return err
+	}
+	if err := keys.Put(&r); err != nil {
+		return err
+	}
+	t.next = r
+	return nil
+}
+
+// depart is the record with which the leg begins: the stored one, or a new one.
+func (t *trip[Tx]) depart(keys Keys) (Record, error) {
+	if t.leg.request == nil {
+		return t.record, nil
+	}
+	if _, err := keys.Get(t.shared.key); err == nil {
+		return Record{}, errExists
+	} else if !errors.Is(err, ErrNotFound) {
+		return Record{}, err
+	}
+	return t.engine.rules.next(Record{}, event{
+		kind: begin, at: now(), key: t.shared.key, machine: t.name, fingerprint: t.shared.print,
+		incarnation: newIncarnation(), epoch: t.engine.epoch, state: t.leg.request,
+	})
+}
+
+// phasesIn runs the commits of the leg. It returns the phase before which the leg ends, and the state there.
+func (t *trip[Tx]) phasesIn(tx Tx) (end int, state []byte, err error) {
+	var s any
+	last, i := t.leg.from, t.leg.from
+	for ; i < t.leg.stop; i++ {
+		p := &t.phases[i]
+		_, skip := t.leg.ignored[i]
+		if p.effect != nil && !skip && !(i == t.leg.from && (t.leg.acted || t.record.Acted)) {
+			break
+		}
+		began := time.Now()
+		if p.commit != nil && !skip {
+			if s == nil {
+				s = t.fresh()
+				if err := decodeState(t.leg.state, s); err != nil {
+					return i, nil, err
+				}
+			}
+			last = i
+			if err := t.commitPhase(i, tx, s); err != nil {
+				return i, nil, t.failed(i, err, s)
+			}
+		}
+		t.took = append(t.took, time.Since(began))
+	}
+	if s == nil { // no commit has touched it
+		return i, t.leg.state, nil
+	}
+	if state, err = encodeState(s, t.limit()); err != nil {
+		return i, nil, t.failed(last, err, s)
+	}
+	return i, state, nil
+}
+
+// failed keeps the state as a failing phase left it, for a refusal to answer with.
+func (t *trip[Tx]) failed(i int, err error, s any) error {
+	state, encodeErr := encodeState(s, t.limit())
+	if encodeErr != nil {
+		state = t.leg.state
+	}
+	return &phaseFailure{phase: i, err: err, state: state}
+}
+
+func (t *trip[Tx]) commitPhase(i int, tx Tx, s any) (err error) {
+	p := &t.phases[i]
+	if p.commit == nil {
+		return nil
+	}
+	t.at = i
+	defer func() {
+		if v := recover(); v != nil {
+			if err = damage(v); err == nil {
+				err = t.panicked(v)
+			}
+			t.at = -1
+		}
+	}()
+	err = p.commit(t.engine.commitCtx, tx, s)
+	t.at = -1
+	return err
+}
+
+// arrivals are the events of a leg that ends before phase end: the points reached, and what happens there.
+func (t *trip[Tx]) arrivals(end int, state []byte) []event {
+	at := now()
+	var events []event
+	for i := t.leg.from; i < end; i++ {
+		events = append(events, event{kind: reach, at: at, point: t.phases[i].to, state: state, err: t.leg.ignored[i]})
+	}
+	switch {
+	case end == t.leg.stop && t.leg.closing != nil:
+		if end == t.leg.from && t.leg.acted {
+			events = append(events, event{kind: act, at: at, state: t.leg.state})
+		}
+		return append(events, t.leg.closing...)
+	case end < len(t.phases): // an effect comes next
+		return append(events, event{kind: try, at: at})
+	}
+	return events
+}
+
+// failure is the phase's error in what Update returned, if it is one.
+func (t *trip[Tx]) failure(err error) *phaseFailure {
+	var failed *phaseFailure
+	switch {
+	case err == nil:
+		return nil
+	case errors.As(err, &failed):
+		return failed
+	case t.at >= 0: // it never came back: runtime.Goexit
+		return &phaseFailure{phase: t.at, err: err, state: t.leg.state}
+	}
+	return nil
+}
+
+// amend changes a leg according to what the failure of one of its phases means.
+func (j *journey[Tx]) amend(l leg, f *phaseFailure) leg {
+	p := &j.phases[f.phase]
+	j.err = f.err
+	attempts, inRun, counted := 1, 1, false
+	if f.phase == l.from && l.request == nil {
+		attempts, inRun, counted = max(1, j.record.Attempts), j.inRun, j.record.Attempts > 0
+	}
+	v, reason := j.engine.rules.judge(p, f.err, false, attempts, inRun)
+	if v == ignored {
+		l.ignored = with(l.ignored, f.phase, f.err.Error())
+		l.stop, l.closing = len(j.phases), nil
+		return l
+	}
+	l.stop, l.closing = f.phase, j.consequence(p, v, reason, f.err, attempts, f.state)
+	if !counted {
+		l.closing = append([]event{{kind: try, at: now()}}, l.closing...)
+	}
+	return l
+}
+
+func with(m map[int]string, i int, text string) map[int]string {
+	grown := map[int]string{i: text}
+	for k, v := range m {
+		grown[k] = v
+	}
+	return grown
+}
+
+// arrive takes over what a leg has committed.
+func (j *journey[Tx]) arrive(t *trip[Tx], took time.Duration) {
+	created, before := t.leg.request != nil, len(j.record.History)
+	if created {
+		before = 1
+	}
+	j.engine.enqueueStaged(t.staged)
+	if t.leg.closing != nil {
+		j.inRun++ // of the phase that failed; a first attempt counts as one below
+		if len(t.next.History) > before || created {
+			j.inRun = 2
+		}
+		j.record, j.sent = t.next, t.next.FirstTried
+	} else {
+		j.record, j.sent, j.inRun, j.err = t.next, time.Time{}, 1, nil
+	}
+	j.report(t, before, created, took)
+}
+
+// report tells the observer of a leg.
+func (j *journey[Tx]) report(t *trip[Tx], before int, created bool, took time.Duration) {
+	o := &j.engine.observer
+	if created {
+		j.engine.observe(o.Claimed, Event{Key: j.shared.key, Machine: j.name, Point: Started})
+	}
+	if o.Committed != nil {
+		for n, passage := range j.record.History[before:] {
+			if n >= len(t.took) {
+				break // finished by a refusal, not by a phase
+			}
+			ev := Event{Key: j.shared.key, Machine: j.name, Point: passage.Point, Attempt: passage.Attempts, Commit: t.took[n], Took: took}
+			if n == 0 {
+				ev.Effect = t.leg.effect
+			}
+			j.engine.observe(o.Committed, ev)
+		}
+	}
+	if t.leg.closing != nil || j.record.Status == Answered {
+		j.tell(j.err)
+	}
+}

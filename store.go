@@ -1,0 +1,77 @@
+package keystate
+
+import "context"
+
+// A Store gives an [Engine] transactions, and the records of its keys inside them. Tx is what a phase's Commit
+// writes with; it must be comparable. All methods are safe for concurrent use.
+type Store[Tx any] interface {
+	// Boot is called once, before anything else. It returns the store's identity, made when the store was
+	// created, and an epoch greater than that of every earlier Boot: records claimed under a smaller one have lost their holder.
+	Boot(ctx context.Context) (id [16]byte, epoch uint64, err error)
+
+	// Update runs fn in a transaction that is durable when Update returns nil, and has left no trace when it
+	// returns fn's error. fn may run more than once, concurrently with nothing; each run starts from a clean slate.
+	// A panic or runtime.Goexit in fn becomes an error and rolls back as an error does.
+	Update(ctx context.Context, fn func(tx Tx) error) error
+
+	// View runs fn once in a transaction that reads one consistent, durable state.
+	View(ctx context.Context, fn func(tx Tx) error) error
+
+	// Keys gives access to the records inside a transaction, and only until it ends.
+	Keys(tx Tx) Keys
+
+	Close() error
+}
+
+// Keys are the engine's records inside one transaction.
+type Keys interface {
+	// Get returns the record of a key, or [ErrNotFound].
+	Get(Key) (Record, error)
+
+	// Put stores r if the stored record's version is r.Version (0: there is none), and increments it; otherwise it
+	// returns [ErrFenced]. A record that becomes finished gets the next Sequence.
+	Put(r *Record) error
+
+	// Delete removes a finished record if the stored one has the same version; otherwise it returns [ErrFenced].
+	Delete(r Record) error
+
+	// Unfinished lists records that are not finished, ordered by key (scope, then ID), after the given one.
+	Unfinished(after Key, limit int) ([]Record, error)
+
+	// Finished lists finished records in the order of finishing, after the given Sequence.
+	Finished(after uint64, limit int) ([]Record, error)
+
+	// Counts tells how many records there are in each status.
+	Counts() (Counts, error)
+}
+
+// Counts is how many keys there are in each status.
+type Counts struct {
+	Running, Waiting, Parked, Finished uint64
+}
+
+func (c *Counts) of(s Status) *uint64 {
+	switch s {
+	case Running:
+		return &c.Running
+	case Waiting:
+		return &c.Waiting
+	case Parked:
+		return &c.Parked
+	case Answered:
+		return &c.Finished
+	}
+	panic("keystate: no count for status " + string(s))
+}
+
+// Optional abilities of a store.
+type (
+	// An admitter says whether there is room for a new key.
+	admitter interface{ admit() error }
+
+	// A grouper tells of every group commit.
+	grouper interface{ onGroup(func(Event)) }
+
+	// A sizer knows how large the store is.
+	sizer interface{ size() (used, free int64) }
+)
