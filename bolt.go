@@ -2,6 +2,7 @@ package keystate
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -18,10 +19,9 @@ import (
 	"sync"
 	"time"
 
+	"github.com/google/uuid"
 	"go.etcd.io/bbolt"
 	berrors "go.etcd.io/bbolt/errors"
-
-	"example.com/keystate/internal/boltfile"
 )
 
 // The bbolt store. docs/format.md describes every bucket and byte; in short, in one bucket "keystate":
@@ -30,7 +30,7 @@ import (
 //	ledger          the epoch, and count and digest of what the buckets hold
 //	live/<key>      unfinished records: few, hot, small
 //	done/<sequence> finished records, appended in the order of finishing, which is the order of reaping
-//	index/<hash><sequence>  from a key to its finished record
+//	index/<place><sequence>  from a key to its finished record
 var (
 	bucketRoot  = []byte("keystate")
 	bucketLive  = []byte("live")
@@ -170,10 +170,10 @@ func unsealed(b []byte, what string, size int) ([]byte, error) {
 // The ledger counts and digests the store's records in the same transaction that changes them. A page that is
 // lost, stale or swapped shows as a sum that does not match: no key goes missing silently.
 type ledger struct {
-	epoch                       uint64
-	next                        uint64 // the next finished record's sequence
-	counts                      Counts
-	liveSum, doneSum, indexSum_ uint64
+	epoch                      uint64
+	next                       uint64 // the next finished record's sequence
+	counts                     Counts
+	liveSum, doneSum, indexSum uint64
 }
 
 const ledgerSize = 1 + 9*8
@@ -200,7 +200,7 @@ func (l *ledger) decode(b []byte) error {
 
 func (l *ledger) fields() [9]*uint64 {
 	c := &l.counts
-	return [9]*uint64{&l.epoch, &l.next, &c.Running, &c.Waiting, &c.Parked, &c.Finished, &l.liveSum, &l.doneSum, &l.indexSum_}
+	return [9]*uint64{&l.epoch, &l.next, &c.Running, &c.Waiting, &c.Parked, &c.Finished, &l.liveSum, &l.doneSum, &l.indexSum}
 }
 
 // What one entry adds to its bucket's sum. The sums are modulo 2^64, so that taking out is subtraction.
@@ -242,17 +242,40 @@ type found struct {
 	sequence uint64 // of a finished record
 }
 
+// newBoltKeys gives access for writing.
 func newBoltKeys(tx *bbolt.Tx, id [16]byte) (*boltKeys, error) {
+	k, err := newBoltReader(tx, id)
+	if err == nil {
+		err = k.openDone()
+	}
+	if err != nil {
+		return nil, err
+	}
+	k.done.FillPercent = 0.95 // it is only ever appended to
+	return k, k.ledger.decode(k.root.Get(keyLedger))
+}
+
+// newBoltReader gives access to what is unfinished, and opens the rest when it is asked for.
+func newBoltReader(tx *bbolt.Tx, id [16]byte) (*boltKeys, error) {
 	k := &boltKeys{id: id, root: tx.Bucket(bucketRoot)}
 	if k.root == nil {
 		return nil, fmt.Errorf("%w: the bucket %q is gone", ErrCorrupt, bucketRoot)
 	}
-	k.live, k.done, k.index = k.root.Bucket(bucketLive), k.root.Bucket(bucketDone), k.root.Bucket(bucketIndex)
-	if k.live == nil || k.done == nil || k.index == nil {
-		return nil, fmt.Errorf("%w: a bucket in %q is gone", ErrCorrupt, bucketRoot)
+	if k.live = k.root.Bucket(bucketLive); k.live == nil {
+		return nil, fmt.Errorf("%w: the bucket %q is gone", ErrCorrupt, bucketLive)
 	}
-	k.done.FillPercent = 0.95 // it is only ever appended to
-	return k, k.ledger.decode(k.root.Get(keyLedger))
+	return k, nil
+}
+
+func (k *boltKeys) openDone() error {
+	if k.done != nil {
+		return nil
+	}
+	k.done, k.index = k.root.Bucket(bucketDone), k.root.Bucket(bucketIndex)
+	if k.done == nil || k.index == nil {
+		return fmt.Errorf("%w: the bucket %q or %q is gone", ErrCorrupt, bucketDone, bucketIndex)
+	}
+	return nil
 }
 
 // Keys returns the records in tx: those of the group that is being committed, or a reader's own.
@@ -260,7 +283,7 @@ func (s *boltStore) Keys(tx *bbolt.Tx) Keys {
 	if g := s.current(); tx.Writable() && g != nil && g.tx == tx {
 		return g.keys
 	}
-	k, err := newBoltKeys(tx, s.id)
+	k, err := newBoltReader(tx, s.id)
 	if err != nil {
 		return brokenKeys{err}
 	}
@@ -277,18 +300,24 @@ func (k *boltKeys) liveKey(key Key) []byte {
 	return k.scratch
 }
 
-// hash is a key's place in the index. The store's identity keeps it from being guessed, so that no
-// client can make keys collide; when they do all the same, the full keys are compared.
-func (k *boltKeys) hash(key Key) uint64 {
+// place is where a key lies in the index. Keys that are UUIDv7 lie by their time, so that those finished together lie
+// together, and bbolt rewrites few pages for them; all others lie by a hash. The store's identity keeps the hash from being
+// guessed, so that no client can make keys collide; when they do all the same, the full keys are compared.
+func (k *boltKeys) place(key Key) uint64 {
 	b := append(k.scratch[:0], k.id[:]...)
 	b = append(append(append(b, byte(len(key.Scope))), key.Scope...), key.ID...)
 	k.scratch = b
 	sum := sha256.Sum256(b)
-	return binary.BigEndian.Uint64(sum[:])
+	hash := binary.BigEndian.Uint64(sum[:])
+	if id, err := uuid.Parse(key.ID); err == nil && id.Version() == 7 {
+		const timeBits = 48
+		return binary.BigEndian.Uint64(id[:])&^(1<<(64-timeBits)-1) | hash>>timeBits
+	}
+	return hash
 }
 
-func indexEntry(hash, sequence uint64) []byte {
-	b := binary.BigEndian.AppendUint64(make([]byte, 0, 16), hash)
+func indexEntry(place, sequence uint64) []byte {
+	b := binary.BigEndian.AppendUint64(make([]byte, 0, 16), place)
 	return binary.BigEndian.AppendUint64(b, sequence)
 }
 
@@ -318,21 +347,21 @@ func (k *boltKeys) find(key Key) (*found, error) {
 
 // verify checks that the frame is sound and the key's own, and reads its head.
 func (f *found) verify() error {
-	if err := checkFrame(f.frame); err != nil {
-		return err
+	h, err := peek(f.frame)
+	if err == nil && !h.is(f.key) {
+		err = fmt.Errorf("%w: the record of %s lies in its place", ErrCorrupt, h.key())
 	}
-	key, status, version, err := peek(f.frame)
-	if err == nil && key != f.key {
-		err = fmt.Errorf("%w: the record of %s lies in its place", ErrCorrupt, key)
-	}
-	f.status, f.version = status, version
+	f.status, f.version = h.status, h.version
 	return err
 }
 
 // findDone looks a key up among the finished.
 func (k *boltKeys) findDone(f *found) error {
+	if err := k.openDone(); err != nil {
+		return err
+	}
 	var prefix [8]byte
-	binary.BigEndian.PutUint64(prefix[:], k.hash(f.key))
+	binary.BigEndian.PutUint64(prefix[:], k.place(f.key))
 	c := k.index.Cursor()
 	for entry, _ := c.Seek(prefix[:]); bytes.HasPrefix(entry, prefix[:]); entry, _ = c.Next() {
 		if len(entry) != 16 {
@@ -342,12 +371,9 @@ func (k *boltKeys) findDone(f *found) error {
 		if frame == nil {
 			return fmt.Errorf("%w: the index names a finished record that is not there", ErrCorrupt)
 		}
-		if err := checkFrame(frame); err != nil {
+		if h, err := peek(frame); err != nil {
 			return err
-		}
-		if key, _, _, err := peek(frame); err != nil {
-			return err
-		} else if key == f.key {
+		} else if h.is(f.key) {
 			f.frame, f.sequence = frame, binary.BigEndian.Uint64(entry[8:])
 			return nil
 		}
@@ -420,16 +446,16 @@ func (k *boltKeys) held(key Key, version uint64) (*found, error) {
 
 // append adds a finished record and its index entry.
 func (k *boltKeys) append(key Key, sequence uint64, frame []byte) error {
-	hash := k.hash(key)
+	place := k.place(key)
 	if err := k.done.Put(sequenceKey(sequence), frame); err != nil {
 		return err
 	}
-	if err := k.index.Put(indexEntry(hash, sequence), nil); err != nil {
+	if err := k.index.Put(indexEntry(place, sequence), nil); err != nil {
 		return err
 	}
 	k.ledger.next++
 	k.add(&k.ledger.counts.Finished, &k.ledger.doneSum, doneDigest(sequence, frame))
-	k.ledger.indexSum_ += indexDigest(hash, sequence)
+	k.ledger.indexSum += indexDigest(place, sequence)
 	return nil
 }
 
@@ -441,10 +467,10 @@ func (k *boltKeys) Delete(r Record) error {
 	if old.sequence == 0 {
 		return fmt.Errorf("%w: %s is not finished", errIllegal, r.Key)
 	}
-	hash := k.hash(r.Key)
+	place := k.place(r.Key)
 	k.remove(&k.ledger.counts.Finished, &k.ledger.doneSum, doneDigest(old.sequence, old.frame))
-	k.ledger.indexSum_ -= indexDigest(hash, old.sequence)
-	if err := k.index.Delete(indexEntry(hash, old.sequence)); err != nil {
+	k.ledger.indexSum -= indexDigest(place, old.sequence)
+	if err := k.index.Delete(indexEntry(place, old.sequence)); err != nil {
 		return err
 	}
 	return k.done.Delete(sequenceKey(old.sequence))
@@ -481,6 +507,9 @@ func (k *boltKeys) Unfinished(after Key, limit int) ([]Record, error) {
 }
 
 func (k *boltKeys) Finished(after uint64, limit int) ([]Record, error) {
+	if err := k.openDone(); err != nil {
+		return nil, err
+	}
 	c := k.done.Cursor()
 	name, frame := c.Seek(sequenceKey(after + 1))
 	return page(c, name, frame, limit)
@@ -499,7 +528,14 @@ func page(c *bbolt.Cursor, name, frame []byte, limit int) ([]Record, error) {
 	return records, nil
 }
 
-func (k *boltKeys) Counts() (Counts, error) { return k.ledger.counts, nil }
+func (k *boltKeys) Counts() (Counts, error) {
+	if k.changed {
+		return k.ledger.counts, nil
+	}
+	var stored ledger
+	err := stored.decode(k.root.Get(keyLedger))
+	return stored.counts, err
+}
 
 // brokenKeys are the records of a store that lost its buckets.
 type brokenKeys struct{ err error }
@@ -601,185 +637,6 @@ func (s *boltStore) checkRoom() error {
 	return nil
 }
 
-// openBolt opens the store at path, or makes a new one where there is nothing.
-func openBolt(path string, o Options) (*boltStore, error) {
-	for range 3 { // another process may make or move the file between two steps of ours
-		f, err := openFile(path, o.LockTimeout)
-		if errors.Is(err, fs.ErrNotExist) {
-			err = createBolt(path)
-			if err == nil || errors.Is(err, fs.ErrExist) || errors.Is(err, fs.ErrNotExist) && dirExists(path) {
-				continue
-			}
-		}
-		if err != nil {
-			return nil, err
-		}
-		db, err := openChecked(f, o.VerifyLimit)
-		if err != nil {
-			unlockFile(f)
-			f.Close()
-			return nil, fmt.Errorf("%w (%s)", err, path)
-		}
-		s := newBoltStore(db, path)
-		s.file, s.limit, s.spare = f, o.MaxBytes, o.Headroom
-		return s, nil
-	}
-	return nil, fmt.Errorf("%w: %s changes while it is being opened", ErrMoved, path)
-}
-
-func dirExists(path string) bool {
-	info, err := os.Stat(filepath.Dir(path))
-	return err == nil && info.IsDir()
-}
-
-// openFile opens and locks an existing file, and makes sure that it is still what the path leads to.
-func openFile(path string, timeout time.Duration) (*os.File, error) {
-	if info, err := os.Stat(path); err != nil {
-		return nil, fmt.Errorf("keystate: %w", err)
-	} else if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("%w: %s is no regular file", ErrNotAStore, path)
-	}
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
-	if err != nil {
-		return nil, fmt.Errorf("keystate: %w", err)
-	}
-	if err := lockFile(f, timeout); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("%w (%s)", err, path)
-	}
-	mine, err1 := f.Stat()
-	there, err2 := os.Stat(path)
-	if err := errors.Join(err1, err2); err != nil || !os.SameFile(mine, there) {
-		f.Close()
-		return nil, fmt.Errorf("keystate: %s was moved away while it was opened: %w", path, fs.ErrNotExist)
-	}
-	return f, nil
-}
-
-// openChecked checks the file's pages before bbolt maps them, and its records before anybody relies on them.
-func openChecked(f *os.File, verifyLimit int64) (*bbolt.DB, error) {
-	info, err := f.Stat()
-	if err != nil {
-		return nil, fmt.Errorf("keystate: %w", err)
-	}
-	all := info.Size() <= verifyLimit
-	if err := checkPages(f, info.Size(), all, true); err != nil {
-		return nil, err
-	}
-	db, err := openDB(f)
-	if err != nil {
-		return nil, err
-	}
-	if err := checkDB(db, all); err != nil {
-		closeBolt(db, f)
-		return nil, err
-	}
-	return db, nil
-}
-
-// checkPages checks the file's structure: of every bucket, or of those that hold what is unfinished. When the file is about to
-// be written, the meta pages are written and synced anew first: after a sync that failed, the kernel may
-// take pages for clean that the disk has never seen.
-func checkPages(f *os.File, size int64, all, write bool) error {
-	header, err := boltfile.ReadHeader(f, size)
-	if err == nil && write {
-		if err := boltfile.SyncMetas(f, header); err != nil {
-			return fmt.Errorf("%w: %w", ErrOutcomeUnknown, err)
-		}
-	}
-	if err == nil {
-		visit := isLive
-		if all {
-			visit = nil
-		}
-		err = boltfile.Check(f, size, header, visit)
-	}
-	switch {
-	case errors.Is(err, boltfile.ErrForeign):
-		return fmt.Errorf("%w: %w", ErrNotAStore, err)
-	case errors.Is(err, boltfile.ErrDamaged):
-		return fmt.Errorf("%w: %w", ErrCorrupt, err)
-	case err != nil:
-		return fmt.Errorf("keystate: %w", err)
-	}
-	return nil
-}
-
-// isLive picks the buckets that Open looks at however large the file is.
-func isLive(path [][]byte) bool {
-	return bytes.Equal(path[0], bucketRoot) && (len(path) == 1 || len(path) == 2 && bytes.Equal(path[1], bucketLive))
-}
-
-func checkDB(db *bbolt.DB, all bool) (err error) {
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer func() {
-		if v := recover(); v != nil {
-			err = fmt.Errorf("%w: %v", ErrCorrupt, v)
-		}
-	}()
-	return db.View(func(tx *bbolt.Tx) error {
-		id, err := readIdentity(tx)
-		if err != nil {
-			return err
-		}
-		return checkRecords(tx, id, all)
-	})
-}
-
-// openDB opens bbolt on a file that is open and locked, and survives the panics by which it meets a damaged one.
-func openDB(f *os.File) (db *bbolt.DB, err error) {
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer func() {
-		if v := recover(); v != nil {
-			err = fmt.Errorf("%w: opening it: %v", ErrCorrupt, v)
-		}
-	}()
-	db, err = bbolt.Open(f.Name(), 0o600, &bbolt.Options{
-		Timeout:         time.Second, // on Windows, where the lock is bbolt's own
-		InitialMmapSize: initialMap,
-		FreelistType:    bbolt.FreelistArrayType,
-		OpenFile:        func(string, int, fs.FileMode) (*os.File, error) { return f, nil },
-	})
-	switch {
-	case errors.Is(err, berrors.ErrTimeout):
-		return nil, ErrLocked
-	case err != nil:
-		return nil, fmt.Errorf("%w: %w", ErrCorrupt, err)
-	}
-	return db, nil
-}
-
-// createBolt makes an empty store at path. It is made under another name and linked when it is whole and
-// synced: after a crash there is a complete store or none. It never replaces a file that is there.
-func createBolt(path string) (err error) {
-	dir, base := filepath.Split(path)
-	if dir == "" {
-		dir = "."
-	}
-	draft, err := os.CreateTemp(dir, "."+base+".creating-*")
-	if err != nil {
-		return fmt.Errorf("keystate: %w", err)
-	}
-	defer os.Remove(draft.Name())
-	if err := draft.Close(); err != nil {
-		return fmt.Errorf("keystate: %w", err)
-	}
-	db, err := bbolt.Open(draft.Name(), 0o600, &bbolt.Options{Timeout: time.Second})
-	if err != nil {
-		return fmt.Errorf("keystate: create %s: %w", path, err)
-	}
-	if err := errors.Join(db.Update(initBuckets), db.Sync(), db.Close()); err != nil {
-		return fmt.Errorf("keystate: create %s: %w", path, commitError(err))
-	}
-	if err := os.Link(draft.Name(), path); err != nil {
-		return fmt.Errorf("keystate: %w", err)
-	}
-	if err := os.Remove(draft.Name()); err != nil {
-		return fmt.Errorf("keystate: %w", err)
-	}
-	return syncDir(dir)
-}
-
 // checkRecords checks what the ledger says against what the buckets hold: the unfinished records always, the
 // finished ones and their index when asked to.
 func checkRecords(tx *bbolt.Tx, id [16]byte, all bool) error {
@@ -796,7 +653,7 @@ func checkRecords(tx *bbolt.Tx, id [16]byte, all bool) error {
 			return err
 		}
 	} else {
-		k.ledger.counts.Finished, k.ledger.doneSum, k.ledger.indexSum_ = want.counts.Finished, want.doneSum, want.indexSum_
+		k.ledger.counts.Finished, k.ledger.doneSum, k.ledger.indexSum = want.counts.Finished, want.doneSum, want.indexSum
 	}
 	if k.ledger != want {
 		return fmt.Errorf("%w: the records do not add up to what the ledger says: a key is missing, or was another", ErrCorrupt)
@@ -826,16 +683,13 @@ func (k *boltKeys) tallyDone() error {
 	var byRecords, byEntries, entries uint64
 	k.ledger.doneSum = 0
 	err := k.done.ForEach(func(name, frame []byte) error {
-		if err := checkFrame(frame); err != nil {
-			return err
-		}
-		key, _, _, err := peek(frame)
-		if err != nil || len(name) != 8 {
-			return fmt.Errorf("%w: a finished record does not decode", ErrCorrupt)
+		h, err := peek(frame)
+		if err != nil || len(name) != 8 || h.status != Answered {
+			return cmp.Or(err, fmt.Errorf("%w: a record lies among the finished that is not", ErrCorrupt))
 		}
 		sequence := binary.BigEndian.Uint64(name)
 		k.add(&k.ledger.counts.Finished, &k.ledger.doneSum, doneDigest(sequence, frame))
-		byRecords += indexDigest(k.hash(key), sequence)
+		byRecords += indexDigest(k.place(h.key()), sequence)
 		return nil
 	})
 	if err != nil {
@@ -855,30 +709,6 @@ func (k *boltKeys) tallyDone() error {
 	if byRecords != byEntries || entries != k.ledger.counts.Finished {
 		return fmt.Errorf("%w: the index does not name the finished records", ErrCorrupt)
 	}
-	k.ledger.indexSum_ = byEntries
+	k.ledger.indexSum = byEntries
 	return nil
-}
-
-// Close ends the committer, and the database if the store opened it.
-func (s *boltStore) Close() error {
-	if !s.stop() {
-		return nil
-	}
-	attached.Delete(s.db)
-	if s.file == nil {
-		return nil
-	}
-	return closeBolt(s.db, s.file)
-}
-
-// closeBolt closes a database even where bbolt panics over it, and never leaves the lock behind.
-func closeBolt(db *bbolt.DB, file *os.File) (err error) {
-	defer func() {
-		if v := recover(); v != nil {
-			err = fmt.Errorf("%w: closing it: %v", ErrCorrupt, v)
-			unlockFile(file)
-			file.Close()
-		}
-	}()
-	return db.Close()
 }

@@ -48,6 +48,9 @@ type committer struct {
 	wake  chan struct{} // holds a token while the line may have members
 	ended chan struct{} // closed when the committer has stopped
 
+	turn   sync.Mutex // held by whoever commits
+	lonely bool       // the last group had one member; guarded by turn
+
 	mu      sync.Mutex
 	line    []*member
 	closed  bool
@@ -88,6 +91,9 @@ func (c *committer) fail(err error) error {
 // Update commits fn with whoever else is in line.
 func (c *committer) Update(ctx context.Context, fn func(tx *bbolt.Tx) error) error {
 	m := &member{fn: fn, done: make(chan error, 1)}
+	if c.commitAlone(m) {
+		return <-m.done
+	}
 	if err := c.join(m); err != nil {
 		return err
 	}
@@ -100,6 +106,30 @@ func (c *committer) Update(ctx context.Context, fn func(tx *bbolt.Tx) error) err
 		}
 		return <-m.done // it is being committed: only the outcome tells what happened
 	}
+}
+
+// commitAlone commits a member on its own goroutine, which saves two switches, where nobody else is about to commit.
+func (c *committer) commitAlone(m *member) bool {
+	if !c.turn.TryLock() {
+		return false
+	}
+	defer c.turn.Unlock()
+	c.mu.Lock()
+	busy := c.closed || len(c.line) > 0
+	c.mu.Unlock()
+	if busy || !c.lonely || c.failure() != nil {
+		return false
+	}
+	g := &group{members: []*member{m}, began: time.Now()}
+	defer func() {
+		if len(g.members) > 0 { // runtime.Goexit, or a panic that is not ours to keep
+			c.rollback(g)
+			c.present.Store(nil)
+		}
+	}()
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	c.commit(g)
+	return true
 }
 
 func (c *committer) join(m *member) error {
@@ -146,12 +176,14 @@ func (c *committer) stop() bool {
 	if first && c.started {
 		c.nudge()
 		<-c.ended
+		c.turn.Lock() // a member that commits alone has no part in the line
+		c.turn.Unlock()
 	}
 	return first
 }
 
 // loop commits group after group. A member that calls runtime.Goexit ends the goroutine it runs on: then the
-// rest of its group, g, goes on in another one.
+// rest of its group, g, goes on in another one, which has the turn already.
 func (c *committer) loop(g *group) {
 	finished := false
 	defer func() {
@@ -159,26 +191,38 @@ func (c *committer) loop(g *group) {
 			close(c.ended)
 			return
 		}
-		g = c.present.Load()
+		g := c.present.Load()
 		c.rollback(g)
 		g.forget()
-		g.running.err = errors.New("keystate: a commit called runtime.Goexit")
+		g.running.err = errGoexit
 		g.expel()
 		go c.loop(g)
 	}()
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	if g != nil {
 		c.commit(g)
+		c.turn.Unlock()
 	}
 	for range c.wake {
-		for g := c.gather(); g != nil; g = c.gather() {
-			c.commit(g)
+		for c.commitLine() {
 		}
 		if c.isClosed() {
 			break
 		}
 	}
 	finished = true
+}
+
+// commitLine commits those who are in line, and reports whether there were any.
+func (c *committer) commitLine() bool {
+	c.turn.Lock()
+	g := c.gather()
+	if g != nil {
+		c.lonely = len(g.members) == 1
+		c.commit(g)
+	}
+	c.turn.Unlock()
+	return g != nil
 }
 
 func (c *committer) isClosed() bool {
@@ -373,6 +417,8 @@ func (c *committer) rollback(g *group) {
 		c.fail(err)
 	}
 }
+
+var errGoexit = errors.New("keystate: the phase called runtime.Goexit")
 
 // A panicError is what a panic in a phase becomes.
 type panicError struct {

@@ -58,17 +58,21 @@ func wellFormed(b []byte) error {
 	return nil
 }
 
-// decodeState fills s, which must be a pointer to a zero value. It refuses what is not exactly one
-// well-formed value, before the decoder can allocate what a length claims.
+// decodeState fills s, which must be a pointer to a zero value, from what a store gave back. It refuses what is not
+// exactly one well-formed value, before the decoder can allocate what a length claims.
 func decodeState(b []byte, s any) error {
 	if err := wellFormed(b); err != nil {
 		return err
 	}
+	return decodeEncoded(b, s)
+}
+
+// decodeEncoded fills s from what encodeState returned, or decodeState accepted.
+func decodeEncoded(b []byte, s any) error {
 	d := msgpack.GetDecoder()
 	defer msgpack.PutDecoder(d)
 	d.Reset(bytes.NewReader(b))
 	d.SetCustomStructTag("json")
-	d.DisableAllocLimit(false)
 	if err := d.Decode(s); err != nil {
 		return fmt.Errorf("keystate: decode the state: %w", err)
 	}

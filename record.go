@@ -135,7 +135,7 @@ func decodeRecord(b []byte) (Record, error) {
 	if err := checkFrame(b); err != nil {
 		return Record{}, err
 	}
-	c := cursor{rest: string(b[frameSize:])} // one copy, which all strings share
+	c := cursor[string]{rest: string(b[frameSize:])} // one copy, which all strings share
 	r := Record{
 		Key:         Key{Scope: c.string(), ID: c.string()},
 		Machine:     c.string(),
@@ -164,8 +164,8 @@ func decodeRecord(b []byte) (Record, error) {
 	for i := range r.History {
 		r.History[i] = Passage{Point: RecoveryPoint(c.string()), At: c.time(), Attempts: c.count(math.MaxInt32), Ignored: c.string()}
 	}
-	r.State = []byte(c.string())
-	if marks > 3 || c.rest != "" {
+	r.State = []byte(c.bytes())
+	if marks > 3 || len(c.rest) > 0 {
 		c.failed = true
 	}
 	if c.failed {
@@ -197,21 +197,21 @@ func (r *Record) check() error {
 }
 
 // A cursor reads fields off a body. After a fault it yields zero values and remembers it.
-type cursor struct {
-	rest   string
+type cursor[T string | []byte] struct {
+	rest   T
 	failed bool
 }
 
-func (c *cursor) take(n int) string {
+func (c *cursor[T]) take(n int) T {
 	if n < 0 || n > len(c.rest) {
-		c.failed, c.rest, n = true, "", 0
+		c.failed, c.rest, n = true, c.rest[:0], 0
 	}
 	s := c.rest[:n]
 	c.rest = c.rest[n:]
 	return s
 }
 
-func (c *cursor) uint() uint64 {
+func (c *cursor[T]) uint() uint64 {
 	var v uint64
 	for shift := uint(0); shift < 64; shift += 7 {
 		b := c.byte()
@@ -227,7 +227,7 @@ func (c *cursor) uint() uint64 {
 	return 0
 }
 
-func (c *cursor) count(limit int) int {
+func (c *cursor[T]) count(limit int) int {
 	v := c.uint()
 	if v > uint64(limit) {
 		c.failed = true
@@ -236,41 +236,68 @@ func (c *cursor) count(limit int) int {
 	return int(v)
 }
 
-func (c *cursor) byte() byte {
-	if s := c.take(1); s != "" {
+func (c *cursor[T]) byte() byte {
+	if s := c.take(1); len(s) > 0 {
 		return s[0]
 	}
 	return 0
 }
 
-func (c *cursor) string() string { return c.take(c.count(len(c.rest))) }
+func (c *cursor[T]) bytes() T { return c.take(c.count(len(c.rest))) }
 
-func (c *cursor) id() (id [16]byte) {
+func (c *cursor[T]) string() string { return string(c.bytes()) }
+
+func (c *cursor[T]) id() (id [16]byte) {
 	copy(id[:], c.take(len(id)))
 	return id
 }
 
-func (c *cursor) time() time.Time {
+func (c *cursor[T]) time() time.Time {
 	u := c.uint()
 	v := int64(u>>1) ^ -int64(u&1) // zigzag, as binary.AppendVarint writes it
 	if v == 0 {
 		return time.Time{}
 	}
-	return time.UnixMicro(v)
+	return time.UnixMicro(v).UTC()
 }
 
-// peek reads the head of a verified record: what it takes to replace or index it.
-func peek(frame []byte) (key Key, status Status, version uint64, err error) {
-	c := cursor{rest: string(frame[frameSize:])}
-	key = Key{Scope: c.string(), ID: c.string()}
-	c.string() // machine
-	status = Status(c.string())
-	c.string() // point
+// A head is what it takes to replace or index a record. Its bytes are the frame's own.
+type head struct {
+	scope, id []byte
+	status    Status
+	version   uint64
+}
+
+func (h *head) is(key Key) bool { return string(h.scope) == key.Scope && string(h.id) == key.ID }
+
+func (h *head) key() Key { return Key{Scope: string(h.scope), ID: string(h.id)} }
+
+// peek reads a record's head, and nothing else of it, after verifying the frame.
+func peek(frame []byte) (h head, err error) {
+	if err := checkFrame(frame); err != nil {
+		return h, err
+	}
+	c := cursor[[]byte]{rest: frame[frameSize:]}
+	h.scope, h.id = c.bytes(), c.bytes()
+	c.bytes() // machine
+	switch s := c.bytes(); string(s) {
+	case string(Running):
+		h.status = Running
+	case string(Waiting):
+		h.status = Waiting
+	case string(Parked):
+		h.status = Parked
+	case string(Answered):
+		h.status = Answered
+	default:
+		c.failed = true
+	}
+	c.bytes() // point
 	c.id()
 	c.id()
-	version = c.uint()
+	h.version = c.uint()
 	if c.failed {
 		err = fmt.Errorf("%w: a record with a good checksum does not decode", ErrCorrupt)
 	}
-	return key, status, version, err
+	return h, err
 }

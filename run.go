@@ -1,6 +1,7 @@
 package keystate
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -101,9 +102,10 @@ func (m *machine[Tx]) stopped(r Record, err error) *PhaseError {
 type journey[Tx any] struct {
 	*machine[Tx]
 	shared *run
-	record Record    // as stored
-	sent   time.Time // when the next phase's effect may have been sent first, before the present attempt
-	inRun  int       // attempts at the next phase in this run
+	record Record       // as stored
+	onExit func() error // how to go on when the goroutine ends under us
+	sent   time.Time    // when the next phase's effect may have been sent first, before the present attempt
+	inRun  int          // attempts at the next phase in this run
 	pause  time.Duration
 	err    error // of the last attempt, for the caller
 }
@@ -111,26 +113,43 @@ type journey[Tx any] struct {
 // travel carries a key as far as it goes. A request is nil when the engine takes up a key by itself.
 func (m *machine[Tx]) travel(r *run, request []byte) {
 	j := &journey[Tx]{machine: m, shared: r}
-	err := j.setOut(request)
-	for err == nil && j.record.Status == Running {
-		if j.record.Version > 0 {
-			j.shared.announce()
+	j.walk(func() error { return j.setOut(request) })
+}
+
+// walk makes one step after another, of which the first is given. A phase that calls runtime.Goexit ends the goroutine
+// it runs on: then the journey goes on in another one, with what that means for the phase.
+func (j *journey[Tx]) walk(step func() error) {
+	arrived := false
+	defer func() {
+		if !arrived {
+			go j.walk(j.onExit)
 		}
+	}()
+	err := step()
+	for err == nil && j.record.Status == Running {
+		j.shared.announce()
 		err = j.advance()
 	}
+	arrived = true
+	j.end(err)
+}
+
+// end tells everybody who waits what became of the run.
+func (j *journey[Tx]) end(err error) {
+	r := j.shared
 	r.record = j.record
 	switch {
 	case err != nil && j.record.Version > 0 && j.record.Status != Answered:
-		r.err = m.stopped(j.record, err)
+		r.err = j.stopped(j.record, err)
 	case err != nil:
 		r.err = err
 	case j.record.Status != Answered:
 		if j.err == nil {
 			j.err = ErrClosed
 		}
-		r.err = m.stopped(j.record, j.err)
+		r.err = j.stopped(j.record, j.err)
 	}
-	m.engine.dismiss(r)
+	j.engine.dismiss(r)
 }
 
 func (r *run) announce() {
@@ -265,7 +284,7 @@ func (j *journey[Tx]) rest() bool {
 // act runs the effect of phase i and commits what it found.
 func (j *journey[Tx]) act(i int) error {
 	began := time.Now()
-	state, err := j.outside(&j.phases[i], func(ctx context.Context, token string, s any) error {
+	state, err := j.outside(i, func(ctx context.Context, token string, s any) error {
 		return j.phases[i].effect(ctx, token, s)
 	})
 	if err != nil {
@@ -277,7 +296,7 @@ func (j *journey[Tx]) act(i int) error {
 // reconcile asks what became of the effect of phase i.
 func (j *journey[Tx]) reconcile(i int) error {
 	var outcome Outcome
-	state, err := j.outside(&j.phases[i], func(ctx context.Context, token string, s any) (err error) {
+	state, err := j.outside(i, func(ctx context.Context, token string, s any) (err error) {
 		outcome, err = j.phases[i].reconcile(ctx, token, s)
 		return err
 	})
@@ -293,44 +312,39 @@ func (j *journey[Tx]) reconcile(i int) error {
 }
 
 // outside calls a phase's function outside every transaction, with a copy of the state of its own, and returns
-// the state as the function left it. A panic or runtime.Goexit in it is its error.
-func (j *journey[Tx]) outside(p *phase[Tx], fn func(ctx context.Context, token string, s any) error) ([]byte, error) {
+// the state as the function left it.
+func (j *journey[Tx]) outside(i int, fn func(ctx context.Context, token string, s any) error) ([]byte, error) {
 	s := j.fresh()
-	if err := decodeState(j.record.State, s); err != nil {
+	if err := decodeEncoded(j.record.State, s); err != nil {
 		return nil, err
 	}
+	p := &j.phases[i]
 	ctx, cancel := j.engine.ctx, context.CancelFunc(func() {})
 	if p.timeout > 0 {
 		ctx, cancel = context.WithTimeout(ctx, p.timeout)
 	}
 	defer cancel()
-	err := j.shielded(func() error {
+	j.onExit = func() error { return j.effectFailed(i, j.record.State, errGoexit) }
+	err := j.guarded(func() error {
 		return fn(ctx, j.engine.rules.token(j.engine.id, j.record.Incarnation, p.to), s)
 	})
 	state, encodeErr := encodeState(s, j.limit())
-	if err == nil {
-		err = encodeErr
-	}
 	if encodeErr != nil {
 		state = j.record.State
 	}
-	return state, err
+	return state, cmp.Or(err, encodeErr)
 }
 
-// shielded runs fn on a goroutine of its own when it might not come back, so that a Goexit ends that one.
-func (j *journey[Tx]) shielded(fn func() error) error {
-	result := make(chan error, 1)
-	go func() {
-		err := errors.New("the phase called runtime.Goexit")
-		defer func() {
-			if v := recover(); v != nil {
+// guarded makes a panic in fn its error.
+func (j *journey[Tx]) guarded(fn func() error) (err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			if err = damage(v); err == nil {
 				err = j.panicked(v)
 			}
-			result <- err
-		}()
-		err = fn()
+		}
 	}()
-	return <-result
+	return fn()
 }
 
 func (j *journey[Tx]) panicked(v any) error {
@@ -449,6 +463,7 @@ func (j *journey[Tx]) commit(l leg) error {
 	for {
 		t := trip[Tx]{journey: j, leg: l, at: -1}
 		began := time.Now()
+		j.onExit = func() error { return j.commit(j.amend(l, t.failure(errGoexit))) }
 		err := j.engine.store.Update(context.Background(), t.transact)
 		failed := t.failure(err)
 		if failed == nil {
@@ -526,7 +541,7 @@ func (t *trip[Tx]) phasesIn(tx Tx) (end int, state []byte, err error) {
 		if p.commit != nil && !skip {
 			if s == nil {
 				s = t.fresh()
-				if err := decodeState(t.leg.state, s); err != nil {
+				if err := decodeEncoded(t.leg.state, s); err != nil {
 					return i, nil, err
 				}
 			}
@@ -555,21 +570,10 @@ func (t *trip[Tx]) failed(i int, err error, s any) error {
 	return &phaseFailure{phase: i, err: err, state: state}
 }
 
-func (t *trip[Tx]) commitPhase(i int, tx Tx, s any) (err error) {
-	p := &t.phases[i]
-	if p.commit == nil {
-		return nil
-	}
+// commitPhase runs one phase's commit; while it does, at names the phase.
+func (t *trip[Tx]) commitPhase(i int, tx Tx, s any) error {
 	t.at = i
-	defer func() {
-		if v := recover(); v != nil {
-			if err = damage(v); err == nil {
-				err = t.panicked(v)
-			}
-			t.at = -1
-		}
-	}()
-	err = p.commit(t.engine.commitCtx, tx, s)
+	err := t.guarded(func() error { return t.phases[i].commit(t.engine.commitCtx, tx, s) })
 	t.at = -1
 	return err
 }

@@ -147,12 +147,10 @@ type Passage struct {
 // effect and differs between any two effects: derived from the store, the key's incarnation and the point.
 // Its form is a UUIDv8 (RFC 9562), which every payment API known to want a key accepts.
 func token(store [16]byte, incarnation [16]byte, to RecoveryPoint) string {
-	h := sha256.New()
-	h.Write([]byte("keystate token 1\x00"))
-	h.Write(store[:])
-	h.Write(incarnation[:])
-	h.Write([]byte(to))
-	u := uuid.UUID(h.Sum(nil)[:16])
+	b := append(make([]byte, 0, 128), "keystate token 1\x00"...)
+	b = append(append(append(b, store[:]...), incarnation[:]...), to...)
+	sum := sha256.Sum256(b)
+	u := uuid.UUID(sum[:16])
 	u[6] = u[6]&0x0f | 0x80 // version 8
 	u[8] = u[8]&0x3f | 0x80 // variant RFC 9562
 	return u.String()

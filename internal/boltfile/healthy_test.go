@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"go.etcd.io/bbolt"
 	"pgregory.net/rapid"
@@ -228,21 +229,22 @@ func TestSyncMetasChangesNothing(t *testing.T) {
 
 // Whatever is done to a store, bbolt leaves files that are accepted, after every commit.
 func TestEveryCommitLeavesAFileThatIsAccepted(t *testing.T) {
-	dir := t.TempDir()
+	dir, files := t.TempDir(), 0
+	path := func() string {
+		files++
+		return filepath.Join(dir, fmt.Sprint(files))
+	}
 	rapid.Check(t, func(t *rapid.T) {
-		files := 0
-		path := func() string {
-			files++
-			return filepath.Join(dir, fmt.Sprint(files))
-		}
 		choose := func(n int) int { return rapid.IntRange(0, n-1).Draw(t, "choice") }
 		options := bbolt.Options{PageSize: rapid.SampledFrom([]int{1024, 1024, 1024, 4096, 16384}).Draw(t, "page size")}
-		os.Remove(filepath.Join(dir, "1"))
 		s := openStore(t, path(), options)
-		defer func() { s.close() }()
-		replace := func(next *store) {
+		remove := func() {
 			s.close()
 			os.Remove(s.path)
+		}
+		defer func() { remove() }()
+		replace := func(next *store) {
+			remove()
 			s = next
 		}
 		t.Repeat(map[string]func(*rapid.T){
@@ -267,7 +269,7 @@ func TestEveryCommitLeavesAFileThatIsAccepted(t *testing.T) {
 			"back up":       func(t *rapid.T) { replace(s.backup(path())) },
 			"compact": func(t *rapid.T) {
 				compacted := openStore(t, path(), options)
-				if err := bbolt.Compact(compacted.db, s.db, 2000); err != nil {
+				if err := bbolt.Compact(compacted.db, s.db, 20_000); err != nil {
 					t.Fatal(err)
 				}
 				replace(compacted)
@@ -322,7 +324,7 @@ func openStore(t tb, path string, options bbolt.Options) *store {
 	t.Helper()
 	// Nothing here survives a power cut, but nothing must. The map is large so that it
 	// need not grow while a reader is open, which would wait for the reader.
-	options.NoSync, options.NoGrowSync, options.InitialMmapSize = true, true, 64<<20
+	options.NoSync, options.NoGrowSync, options.InitialMmapSize, options.Timeout = true, true, 64<<20, time.Second
 	db, err := bbolt.Open(path, 0o600, &options)
 	if err != nil {
 		t.Fatal(err)

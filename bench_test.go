@@ -1,0 +1,380 @@
+package keystate
+
+import (
+	"cmp"
+	"context"
+	"encoding/binary"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/vmihailenco/msgpack/v5"
+	"go.etcd.io/bbolt"
+)
+
+// The request that all benchmarks make: a local write of 200 bytes; an effect that does nothing; a local write
+// and an answer of 300 bytes. Full fsync. docs/bench.md has the commands and what they gave.
+
+type order struct {
+	Account string
+	Cents   int64
+	Payout  string
+	Receipt []byte
+}
+
+var (
+	benchBucket = []byte("orders")
+	localWrite  = make([]byte, 200)
+	receipt     = make([]byte, 260) // with the other fields, an answer of 300 bytes
+)
+
+var orderPhases = []Phase[*bbolt.Tx, order]{
+	{To: "funds_reserved", Commit: func(_ context.Context, tx *bbolt.Tx, s *order) error {
+		return tx.Bucket(benchBucket).Put([]byte(s.Account+"/reserved"), localWrite)
+	}},
+	{To: "payout_sent", Effect: func(_ context.Context, token string, s *order) error {
+		s.Payout = token[:8]
+		return nil
+	}},
+	{To: Finished, Commit: func(_ context.Context, tx *bbolt.Tx, s *order) error {
+		s.Receipt = receipt
+		return tx.Bucket(benchBucket).Put([]byte(s.Account+"/settled"), localWrite)
+	}},
+}
+
+// A contender makes the request in its own way, each time with a new key.
+type contender interface {
+	request(id string) error
+	close() error
+}
+
+// throughput is how many requests a second so many callers get done.
+func throughput(tb testing.TB, c contender, callers int, d time.Duration) float64 {
+	tb.Helper()
+	var done atomic.Int64
+	var wg sync.WaitGroup
+	start := time.Now()
+	for range callers {
+		wg.Go(func() {
+			for time.Since(start) < d {
+				if err := c.request(NewID()); err != nil {
+					tb.Error(err)
+					return
+				}
+				done.Add(1)
+			}
+		})
+	}
+	wg.Wait()
+	return float64(done.Load()) / time.Since(start).Seconds()
+}
+
+// engineContender is this package.
+type engineContender struct {
+	engine          *Engine[*bbolt.Tx]
+	orders          *Machine[order]
+	groups, members atomic.Int64
+}
+
+func newEngineContender(tb testing.TB, path string, opts Options) *engineContender {
+	tb.Helper()
+	c := new(engineContender)
+	opts.Observer = &Observer{Grouped: func(ev Event) {
+		c.groups.Add(1)
+		c.members.Add(int64(ev.Size))
+	}}
+	var err error
+	if c.engine, err = Open(path, &opts); err != nil {
+		tb.Fatal(err)
+	}
+	err = c.engine.Update(context.Background(), func(tx *bbolt.Tx) error {
+		_, err := tx.CreateBucketIfNotExists(benchBucket)
+		return err
+	})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	if c.orders, err = Register(c.engine, "order", orderPhases); err != nil {
+		tb.Fatal(err)
+	}
+	return c
+}
+
+func (c *engineContender) request(id string) error {
+	_, err := c.orders.Do(context.Background(), Key{Scope: "bench", ID: id}, order{Account: id, Cents: 500})
+	return err
+}
+
+func (c *engineContender) close() error { return c.engine.Close() }
+
+// byHand is the request as one would write it with bbolt alone: one transaction per step, by Update or by Batch.
+type byHand struct {
+	db     *bbolt.DB
+	commit func(func(tx *bbolt.Tx) error) error
+}
+
+var keysBucket = []byte("keys")
+
+func newByHand(tb testing.TB, path string, batch bool) *byHand {
+	tb.Helper()
+	db, err := bbolt.Open(path, 0o600, nil)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	err = db.Update(func(tx *bbolt.Tx) error {
+		for _, name := range [][]byte{keysBucket, benchBucket} {
+			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	if batch {
+		return &byHand{db, db.Batch}
+	}
+	return &byHand{db, db.Update}
+}
+
+type handRecord struct {
+	Point   string
+	Request order
+	Answer  *order
+}
+
+func (h *byHand) request(id string) error {
+	key := []byte(id)
+	save := func(tx *bbolt.Tx, r handRecord) error {
+		b, err := msgpack.Marshal(r)
+		if err != nil {
+			return err
+		}
+		return tx.Bucket(keysBucket).Put(key, b)
+	}
+	r := handRecord{Point: "started", Request: order{Account: id, Cents: 500}}
+	err := h.commit(func(tx *bbolt.Tx) error { // claim
+		if tx.Bucket(keysBucket).Get(key) != nil {
+			return fmt.Errorf("key %s exists", id)
+		}
+		return save(tx, r)
+	})
+	if err != nil {
+		return err
+	}
+	r.Point = "funds_reserved"
+	err = h.commit(func(tx *bbolt.Tx) error {
+		if err := tx.Bucket(benchBucket).Put([]byte(id+"/reserved"), localWrite); err != nil {
+			return err
+		}
+		return save(tx, r)
+	})
+	if err != nil {
+		return err
+	}
+	r.Point, r.Request.Payout = "payout_sent", "12345678"
+	if err := h.commit(func(tx *bbolt.Tx) error { return save(tx, r) }); err != nil {
+		return err
+	}
+	answer := r.Request
+	answer.Receipt = receipt
+	r.Point, r.Answer = "finished", &answer
+	return h.commit(func(tx *bbolt.Tx) error {
+		if err := tx.Bucket(benchBucket).Put([]byte(id+"/settled"), localWrite); err != nil {
+			return err
+		}
+		return save(tx, r)
+	})
+}
+
+func (h *byHand) close() error { return h.db.Close() }
+
+// ceiling writes with raw bbolt what the engine writes, in groups of the size that the engine reached, and does nothing
+// else: no decision, no encoding, no waiting for anybody.
+type ceiling struct {
+	db    *bbolt.DB
+	group int
+	live  []byte // frame of an unfinished record
+	done  []byte // frame of a finished one
+	open  []string
+	n     uint64
+}
+
+func newCeiling(tb testing.TB, path string, group int) *ceiling {
+	tb.Helper()
+	db, err := bbolt.Open(path, 0o600, &bbolt.Options{InitialMmapSize: initialMap})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	err = db.Update(func(tx *bbolt.Tx) error {
+		if _, err := tx.CreateBucket(benchBucket); err != nil {
+			return err
+		}
+		return initBuckets(tx)
+	})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	c := &ceiling{db: db, group: max(1, group)}
+	c.live, c.done = benchFrames(tb)
+	return c
+}
+
+// benchFrames are the two records that the engine writes for one request.
+func benchFrames(tb testing.TB) (live, done []byte) {
+	tb.Helper()
+	state := func(s order) []byte {
+		b, err := encodeState(&s, 1<<20)
+		if err != nil {
+			tb.Fatal(err)
+		}
+		return b
+	}
+	id := NewID()
+	at := time.Now()
+	r, err := Record{}.next(
+		event{kind: begin, at: at, key: Key{Scope: "bench", ID: id}, machine: "order", epoch: 1},
+		event{kind: reach, at: at, point: "funds_reserved", state: state(order{Account: id, Cents: 500})},
+		event{kind: try, at: at})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	r.Version = 1
+	live = appendRecord(nil, &r)
+	r, err = r.next(
+		event{kind: reach, at: at, point: "payout_sent"},
+		event{kind: reach, at: at, point: Finished, state: state(order{Account: id, Cents: 500, Payout: "12345678", Receipt: receipt})})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	r.Version, r.Sequence = 2, 1_000_000
+	return live, appendRecord(nil, &r)
+}
+
+// commit is one transaction: half of its members claim a key, the other half finish one.
+func (c *ceiling) commit() (finished int, err error) {
+	err = c.db.Update(func(tx *bbolt.Tx) error {
+		root, orders := tx.Bucket(bucketRoot), tx.Bucket(benchBucket)
+		live, done, index := root.Bucket(bucketLive), root.Bucket(bucketDone), root.Bucket(bucketIndex)
+		done.FillPercent = 0.95
+		half := (c.group + 1) / 2
+		closing := c.open[:min(half, len(c.open))]
+		for _, id := range closing {
+			if err := orders.Put([]byte(id+"/settled"), localWrite); err != nil {
+				return err
+			}
+			if err := live.Delete([]byte("\x05bench" + id)); err != nil {
+				return err
+			}
+			c.n++
+			var entry [16]byte
+			binary.BigEndian.PutUint64(entry[:], c.n<<16|mix(c.n)>>48) // minted keys lie by their time
+			binary.BigEndian.PutUint64(entry[8:], c.n)
+			if err := done.Put(sequenceKey(c.n), c.done); err != nil {
+				return err
+			}
+			if err := index.Put(entry[:], nil); err != nil {
+				return err
+			}
+		}
+		c.open = c.open[len(closing):]
+		for range half {
+			id := NewID()
+			if err := orders.Put([]byte(id+"/reserved"), localWrite); err != nil {
+				return err
+			}
+			if err := live.Put([]byte("\x05bench"+id), c.live); err != nil {
+				return err
+			}
+			c.open = append(c.open, id)
+		}
+		finished = len(closing)
+		return root.Put(keyLedger, ledger{next: c.n}.encode())
+	})
+	return finished, err
+}
+
+func (c *ceiling) throughput(tb testing.TB, d time.Duration) float64 {
+	tb.Helper()
+	start, total := time.Now(), 0
+	for time.Since(start) < d {
+		n, err := c.commit()
+		if err != nil {
+			tb.Fatal(err)
+		}
+		total += n
+	}
+	return float64(total) / time.Since(start).Seconds()
+}
+
+func median(v []float64) float64 {
+	slices.SortFunc(v, cmp.Compare[float64])
+	return v[len(v)/2]
+}
+
+// BenchmarkAgainstByHand measures the engine, the two ways to write the request by hand, and the ceiling in turns, and
+// reports the medians of the ratios.
+//
+//	go test -run '^$' -bench AgainstByHand -benchtime 1x .
+func BenchmarkAgainstByHand(b *testing.B) {
+	const slice = 700 * time.Millisecond
+	for _, callers := range []int{1, 16, 64, 256} {
+		b.Run(fmt.Sprintf("callers=%d", callers), func(b *testing.B) {
+			dir := benchDir(b)
+			engine := newEngineContender(b, filepath.Join(dir, "engine.db"), Options{})
+			update := newByHand(b, filepath.Join(dir, "update.db"), false)
+			batch := newByHand(b, filepath.Join(dir, "batch.db"), true)
+			throughput(b, engine, callers, slice/2) // warm up, and learn the size of groups
+			group := engine.members.Load() / max(1, engine.groups.Load())
+			top := newCeiling(b, filepath.Join(dir, "ceiling.db"), int(group))
+			var rate, overUpdate, overBatch, ofCeiling []float64
+			var commits []float64
+			for range 5 * b.N {
+				g0, m0 := engine.groups.Load(), engine.members.Load()
+				e := throughput(b, engine, callers, slice)
+				groups, members := engine.groups.Load()-g0, engine.members.Load()-m0
+				top.group = int(members / max(1, groups))
+				u := throughput(b, update, callers, slice)
+				t := throughput(b, batch, callers, slice)
+				c := top.throughput(b, slice)
+				rate = append(rate, e)
+				overUpdate = append(overUpdate, e/u)
+				overBatch = append(overBatch, e/t)
+				ofCeiling = append(ofCeiling, 100*e/c)
+				commits = append(commits, float64(groups)/(e*slice.Seconds()))
+			}
+			for _, c := range []contender{engine, update, batch} {
+				if err := c.close(); err != nil {
+					b.Fatal(err)
+				}
+			}
+			top.db.Close()
+			b.ReportMetric(0, "ns/op")
+			b.ReportMetric(median(rate), "req/s")
+			b.ReportMetric(median(overUpdate), "x-Update")
+			b.ReportMetric(median(overBatch), "x-Batch")
+			b.ReportMetric(median(ofCeiling), "%-of-ceiling")
+			b.ReportMetric(median(commits), "commits/req")
+		})
+	}
+}
+
+// benchDir is on the disk that KEYSTATE_BENCH_DIR names, or that holds temporary files.
+func benchDir(b *testing.B) string {
+	b.Helper()
+	if dir := os.Getenv("KEYSTATE_BENCH_DIR"); dir != "" {
+		d, err := os.MkdirTemp(dir, "bench")
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.Cleanup(func() { os.RemoveAll(d) })
+		return d
+	}
+	return b.TempDir()
+}

@@ -1,0 +1,286 @@
+package keystate
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"time"
+
+	"go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
+
+	"example.com/keystate/internal/boltfile"
+)
+
+// The bbolt file as a file: made whole or not at all, checked before it is mapped, backed up, verified, compacted.
+
+// openBolt opens the store at path, or makes a new one where there is nothing.
+func openBolt(path string, o Options) (*boltStore, error) {
+	for range 3 { // another process may make or move the file between two steps of ours
+		f, err := openFile(path, os.O_RDWR, o.LockTimeout)
+		if errors.Is(err, fs.ErrNotExist) {
+			err = createBolt(path)
+			if err == nil || errors.Is(err, fs.ErrExist) || errors.Is(err, fs.ErrNotExist) && dirExists(path) {
+				continue
+			}
+		}
+		if err != nil {
+			return nil, err
+		}
+		db, err := openChecked(f, o.VerifyLimit)
+		if err != nil {
+			unlockFile(f)
+			f.Close()
+			return nil, fmt.Errorf("%w (%s)", err, path)
+		}
+		s := newBoltStore(db, path)
+		s.file, s.limit, s.spare = f, o.MaxBytes, o.Headroom
+		return s, nil
+	}
+	return nil, fmt.Errorf("%w: %s changes while it is being opened", ErrMoved, path)
+}
+
+func dirExists(path string) bool {
+	info, err := os.Stat(filepath.Dir(path))
+	return err == nil && info.IsDir()
+}
+
+// openFile opens and locks an existing file, and makes sure that it is still what the path leads to.
+func openFile(path string, mode int, timeout time.Duration) (*os.File, error) {
+	if info, err := os.Stat(path); err != nil {
+		return nil, fmt.Errorf("keystate: %w", err)
+	} else if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%w: %s is no regular file", ErrNotAStore, path)
+	}
+	f, err := os.OpenFile(path, mode, 0)
+	if err != nil {
+		return nil, fmt.Errorf("keystate: %w", err)
+	}
+	if err := lockFile(f, timeout); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("%w (%s)", err, path)
+	}
+	mine, err1 := f.Stat()
+	there, err2 := os.Stat(path)
+	if err := errors.Join(err1, err2); err != nil || !os.SameFile(mine, there) {
+		f.Close()
+		return nil, fmt.Errorf("keystate: %s was moved away while it was opened: %w", path, fs.ErrNotExist)
+	}
+	return f, nil
+}
+
+// openChecked checks the file's pages before bbolt maps them, and its records before anybody relies on them.
+func openChecked(f *os.File, verifyLimit int64) (*bbolt.DB, error) {
+	info, err := f.Stat()
+	if err != nil {
+		return nil, fmt.Errorf("keystate: %w", err)
+	}
+	all := info.Size() <= verifyLimit
+	if err := checkPages(f, info.Size(), all, true); err != nil {
+		return nil, err
+	}
+	db, err := openDB(f, false)
+	if err != nil {
+		return nil, err
+	}
+	if err := checkDB(db, all); err != nil {
+		closeBolt(db, f)
+		return nil, err
+	}
+	return db, nil
+}
+
+// checkPages checks the file's structure: of every bucket, or of those that hold what is unfinished. When the file is about to
+// be written, the meta pages are written and synced anew first: after a sync that failed, the kernel may
+// take pages for clean that the disk has never seen.
+func checkPages(f *os.File, size int64, all, write bool) error {
+	header, err := boltfile.ReadHeader(f, size)
+	if err == nil && write {
+		if err := boltfile.SyncMetas(f, header); err != nil {
+			return fmt.Errorf("%w: %w", ErrOutcomeUnknown, err)
+		}
+	}
+	if err == nil {
+		visit := isLive
+		if all {
+			visit = nil
+		}
+		err = boltfile.Check(f, size, header, visit)
+	}
+	switch {
+	case errors.Is(err, boltfile.ErrForeign):
+		return fmt.Errorf("%w: %w", ErrNotAStore, err)
+	case errors.Is(err, boltfile.ErrDamaged):
+		return fmt.Errorf("%w: %w", ErrCorrupt, err)
+	case err != nil:
+		return fmt.Errorf("keystate: %w", err)
+	}
+	return nil
+}
+
+// isLive picks the buckets that Open looks at however large the file is.
+func isLive(path [][]byte) bool {
+	return bytes.Equal(path[0], bucketRoot) && (len(path) == 1 || len(path) == 2 && bytes.Equal(path[1], bucketLive))
+}
+
+func checkDB(db *bbolt.DB, all bool) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if v := recover(); v != nil {
+			err = fmt.Errorf("%w: %v", ErrCorrupt, v)
+		}
+	}()
+	return db.View(func(tx *bbolt.Tx) error {
+		id, err := readIdentity(tx)
+		if err != nil {
+			return err
+		}
+		return checkRecords(tx, id, all)
+	})
+}
+
+// openDB opens bbolt on a file that is open and locked, and survives the panics by which it meets a damaged one.
+func openDB(f *os.File, readOnly bool) (db *bbolt.DB, err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if v := recover(); v != nil {
+			err = fmt.Errorf("%w: opening it: %v", ErrCorrupt, v)
+		}
+	}()
+	db, err = bbolt.Open(f.Name(), 0o600, &bbolt.Options{
+		Timeout:         time.Second, // on Windows, where the lock is bbolt's own
+		InitialMmapSize: initialMap,
+		ReadOnly:        readOnly,
+		OpenFile:        func(string, int, fs.FileMode) (*os.File, error) { return f, nil },
+	})
+	switch {
+	case errors.Is(err, berrors.ErrTimeout):
+		return nil, ErrLocked
+	case err != nil:
+		return nil, fmt.Errorf("%w: %w", ErrCorrupt, err)
+	}
+	return db, nil
+}
+
+// createBolt makes an empty store at path.
+func createBolt(path string) error {
+	return createFile(path, func(db *bbolt.DB) error { return db.Update(initBuckets) })
+}
+
+// createFile makes a bbolt file at path. It is filled under another name and linked when it is whole and
+// synced: after a crash there is a complete file or none. It never replaces one that is there.
+func createFile(path string, fill func(*bbolt.DB) error) error {
+	dir, base := filepath.Split(path)
+	if dir == "" {
+		dir = "."
+	}
+	draft, err := os.CreateTemp(dir, "."+base+".creating-*")
+	if err != nil {
+		return fmt.Errorf("keystate: %w", err)
+	}
+	defer os.Remove(draft.Name())
+	if err := draft.Close(); err != nil {
+		return fmt.Errorf("keystate: %w", err)
+	}
+	db, err := bbolt.Open(draft.Name(), 0o600, &bbolt.Options{Timeout: time.Second})
+	if err != nil {
+		return fmt.Errorf("keystate: create %s: %w", path, err)
+	}
+	if err := errors.Join(fill(db), db.Sync(), db.Close()); err != nil {
+		return fmt.Errorf("keystate: create %s: %w", path, err)
+	}
+	if err := os.Link(draft.Name(), path); err != nil {
+		return fmt.Errorf("keystate: %w", err)
+	}
+	if err := os.Remove(draft.Name()); err != nil {
+		return fmt.Errorf("keystate: %w", err)
+	}
+	if err := syncDir(dir); err != nil {
+		return fmt.Errorf("keystate: %w", err)
+	}
+	return nil
+}
+
+// Backup writes a copy of the store, as it is at this moment, to w, while the engine goes on. What is written is
+// a bbolt file that [Open] opens. Commits go on meanwhile, but the file cannot reuse pages until Backup returns.
+//
+// A restored backup has forgotten what happened since: requests answered in between run again, under new tokens.
+func Backup(ctx context.Context, e *Engine[*bbolt.Tx], w io.Writer) (written int64, err error) {
+	err = e.View(ctx, func(tx *bbolt.Tx) error {
+		written, err = tx.WriteTo(w)
+		return err
+	})
+	return written, err
+}
+
+// Verify checks all of a store's file: every page, every record, and that what it holds adds up to what was written. It returns nil, or
+// [ErrCorrupt], [ErrNotAStore] or [ErrLocked] with what it found. It changes nothing, and its memory is bounded, however
+// damaged the file is. No engine may have the file open: to verify a running one's, verify its [Backup].
+func Verify(path string) error {
+	f, err := openFile(path, os.O_RDONLY, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return fmt.Errorf("keystate: %w", err)
+	}
+	if err := checkPages(f, info.Size(), true, false); err != nil {
+		return err
+	}
+	db, err := openDB(f, true)
+	if err != nil {
+		return err
+	}
+	return errors.Join(checkDB(db, true), closeBolt(db, f))
+}
+
+// Compact writes the store at path from into a new file at path to, without the free pages that deleting left behind. Programs' own buckets
+// come along. The new file appears when it is whole and synced, and never replaces one that is there. No engine may have
+// from open.
+func Compact(from, to string) error {
+	f, err := openFile(from, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	source, err := openChecked(f, 1<<62)
+	if err != nil {
+		unlockFile(f)
+		f.Close()
+		return fmt.Errorf("%w (%s)", err, from)
+	}
+	defer closeBolt(source, f)
+	const perTransaction = 16 << 20 // bytes
+	return createFile(to, func(db *bbolt.DB) error { return bbolt.Compact(db, source, perTransaction) })
+}
+
+// Close ends the committer, and the database if the store opened it.
+func (s *boltStore) Close() error {
+	if !s.stop() {
+		return nil
+	}
+	attached.Delete(s.db)
+	if s.file == nil {
+		return nil
+	}
+	return closeBolt(s.db, s.file)
+}
+
+// closeBolt closes a database even where bbolt panics over it, and never leaves the lock behind.
+func closeBolt(db *bbolt.DB, file *os.File) (err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			err = fmt.Errorf("%w: closing it: %v", ErrCorrupt, v)
+			unlockFile(file)
+			file.Close()
+		}
+	}()
+	return db.Close()
+}
