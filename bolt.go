@@ -50,7 +50,7 @@ type boltStore struct {
 	path  string
 	info  fs.FileInfo // what the path led to when the store was opened: begin looks whether it still does
 	id    [16]byte
-	limit int64 // soft limit of the file's size, for new keys
+	most  int64 // soft limit of the file's size, for new keys
 	spare int64 // disk space to keep for unfinished keys
 	room  struct {
 		sync.Mutex
@@ -615,6 +615,8 @@ func (s *boltStore) size() (used, free int64) {
 	return used, free
 }
 
+func (s *boltStore) limit(maxBytes, headroom int64) { s.most, s.spare = maxBytes, headroom }
+
 // admit says whether there is room for a new key: unfinished ones must be able to end.
 func (s *boltStore) admit() error {
 	s.room.Lock()
@@ -627,8 +629,8 @@ func (s *boltStore) admit() error {
 }
 
 func (s *boltStore) checkRoom() error {
-	if used, free := s.size(); s.limit > 0 && used > s.limit {
-		return fmt.Errorf("%w: the store holds %d bytes, new keys are accepted up to %d", ErrStorageFull, used, s.limit)
+	if used, free := s.size(); s.most > 0 && used > s.most {
+		return fmt.Errorf("%w: the store holds %d bytes, new keys are accepted up to %d", ErrStorageFull, used, s.most)
 	} else if s.spare > 0 && free < s.spare {
 		if disk, err := diskFree(filepath.Dir(s.path)); err == nil && disk+free < s.spare {
 			return fmt.Errorf("%w: %d bytes are left on the disk, new keys are accepted from %d", ErrStorageFull, disk+free, s.spare)

@@ -257,7 +257,11 @@ func (c *committer) gather() *group {
 // commit carries a group to its end: everybody in it has an answer afterwards.
 func (c *committer) commit(g *group) {
 	c.present.Store(g)
-	defer c.present.Store(nil)
+	c.settle(g)
+	c.present.Store(nil) // not deferred: after a Goexit, it names the group that goes on
+}
+
+func (c *committer) settle(g *group) {
 	for len(g.members) > 0 {
 		if err := c.begin(g); err != nil {
 			g.answer(err)

@@ -230,6 +230,9 @@ func newEngine[Tx any](store Store[Tx], opts *Options, rules rules[Tx]) (*Engine
 	}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	e.commitCtx = context.WithValue(context.Background(), inCommit{}, true)
+	if l, ok := store.(limiter); ok {
+		l.limit(o.MaxBytes, o.Headroom)
+	}
 	if g, ok := store.(grouper); ok && e.observer.Grouped != nil {
 		g.onGroup(e.observer.Grouped)
 	}

@@ -63,12 +63,37 @@ func (m *machine[Tx]) point(stored RecoveryPoint) RecoveryPoint {
 	return stored
 }
 
-// before is the point that a key resting on a stored point would reach next.
-func (m *machine[Tx]) before(stored RecoveryPoint) RecoveryPoint {
-	if i, known := m.position[stored]; known && i < len(m.phases) {
-		return m.phases[i].to
+// next finds the phase with which a key goes on. A deploy may have changed what comes after its point: a phase that had begun,
+// and whose effect may have been sent, comes first all the same, under whatever name, and what was inserted before it is
+// passed over. Where there is no such phase any more, only an operator can tell what is right. Stale says that another phase had
+// begun, of which nothing left the store.
+func (m *machine[Tx]) next(r Record) (i int, stale bool, err error) {
+	i, known := m.position[r.Point]
+	if !known {
+		return 0, false, fmt.Errorf("machine %q names no point %q", m.name, r.Point)
 	}
-	return stored
+	if r.Begun == "" {
+		return i, false, nil
+	}
+	begun, known := m.position[r.Begun]
+	switch begun--; {
+	case known && begun == i:
+		return i, false, nil
+	case r.FirstTried.IsZero() && !r.Acted:
+		return i, true, nil
+	case known && begun > i:
+		return begun, false, nil
+	}
+	return 0, false, fmt.Errorf("machine %q names no point %q after %q, and an effect of that phase is under way", m.name, r.Begun, r.Point)
+}
+
+// before is the point that a stored key would reach next.
+func (m *machine[Tx]) before(r Record) RecoveryPoint {
+	i, _, err := m.next(r)
+	if err != nil || i >= len(m.phases) {
+		return r.Point
+	}
+	return m.phases[i].to
 }
 
 // Name returns the name under which the machine was registered.

@@ -40,7 +40,7 @@ func openBolt(path string, o Options) (*boltStore, error) {
 			return nil, fmt.Errorf("%w (%s)", err, path)
 		}
 		s := newBoltStore(db, path)
-		s.file, s.limit, s.spare = f, o.MaxBytes, o.Headroom
+		s.file = f
 		return s, nil
 	}
 	return nil, fmt.Errorf("%w: %s changes while it is being opened", ErrMoved, path)
@@ -165,6 +165,7 @@ func openDB(f *os.File, readOnly bool) (db *bbolt.DB, err error) {
 	case err != nil:
 		return nil, fmt.Errorf("%w: %w", ErrCorrupt, err)
 	}
+	db.AllocSize = 1 << 20 // by which the file grows: with so large a map, bbolt would grow a small file by 16 MiB
 	return db, nil
 }
 

@@ -51,8 +51,9 @@ type Phase[Tx, S any] struct {
 	// Effect is not run again; at NotDone it is; at Unknown the key parks as [Indeterminate].
 	Reconcile func(ctx context.Context, token string, s *S) (Outcome, error)
 
-	// Formerly lists names that To, or a removed phase's point at which a key should now count as being at
-	// To, had in earlier releases. A stored key that rests on one of them goes on from here.
+	// Formerly lists the names that To had in earlier releases, and the points of removed phases that now count as To. A
+	// stored key that rests on one of them goes on from here. A key whose effect is under way while a deploy inserts
+	// a phase before it goes on with that effect, under the same token, and passes the inserted phase over.
 	Formerly []RecoveryPoint
 }
 
@@ -120,6 +121,11 @@ func erase[Tx, S any](p Phase[Tx, S]) phase[Tx] {
 		}
 	}
 	return e
+}
+
+// try is the event of an attempt at the phase.
+func (p *phase[Tx]) try(at time.Time) event {
+	return event{kind: try, at: at, point: p.to, sent: p.effect != nil}
 }
 
 func (p RetryPolicy) orDefault() RetryPolicy {

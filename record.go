@@ -57,6 +57,7 @@ func appendRecord(b []byte, r *Record) []byte {
 	b = binary.AppendUvarint(b, r.Sequence)
 	b = appendTime(b, r.Created)
 	b = appendTime(b, r.Ended)
+	b = appendString(b, string(r.Begun))
 	b = binary.AppendUvarint(b, uint64(r.Attempts))
 	b = appendTime(b, r.FirstTried)
 	b = appendTime(b, r.Due)
@@ -148,6 +149,7 @@ func decodeRecord(b []byte) (Record, error) {
 		Sequence:    c.uint(),
 		Created:     c.time(),
 		Ended:       c.time(),
+		Begun:       RecoveryPoint(c.string()),
 		Attempts:    c.count(math.MaxInt32),
 		FirstTried:  c.time(),
 		Due:         c.time(),
@@ -190,6 +192,7 @@ func (r *Record) check() error {
 		(r.Status == Answered) == r.Ended.IsZero(),
 		(r.Status == Parked) != (r.ParkReason != ""),
 		r.Refusal != nil && r.Status != Answered,
+		r.Begun == "" && (r.Acted || !r.FirstTried.IsZero()),
 		len(r.History) == 0 || r.History[len(r.History)-1].Point != r.Point:
 		return fmt.Errorf("%w: %w: %s is %q at %q", ErrCorrupt, errImpossible, r.Key, r.Status, r.Point)
 	}

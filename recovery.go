@@ -5,8 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
-	"strings"
 	"time"
 )
 
@@ -94,10 +94,10 @@ func (e *Engine[Tx]) adopt(m *machine[Tx]) error {
 	e.mu.Unlock()
 	unfinished, stranded, err := e.survey(m)
 	if err == nil && len(stranded) > 0 && !e.opts.ParkUnknown {
-		err = strandedError(m.name, stranded)
+		err = m.strandedError(stranded)
 	}
 	if err == nil {
-		err = e.parkStranded(stranded)
+		err = m.parkStranded(stranded)
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -117,13 +117,13 @@ func (e *Engine[Tx]) adopt(m *machine[Tx]) error {
 // survey lists a machine's keys that the engine has to take up, and those that rest on a point which the machine does not name.
 func (e *Engine[Tx]) survey(m *machine[Tx]) (unfinished, stranded []Record, err error) {
 	e.pages(e.ctx, unfinishedPage, func(r Record, fault error) bool {
-		_, known := m.position[r.Point]
+		_, _, gone := m.next(r)
 		r.State, r.History = nil, nil // there may be many
 		switch {
 		case fault != nil:
 			err = fault
 		case r.Machine != m.name || r.Status == Parked:
-		case known:
+		case gone == nil:
 			unfinished = append(unfinished, r)
 		default:
 			stranded = append(stranded, r)
@@ -133,30 +133,32 @@ func (e *Engine[Tx]) survey(m *machine[Tx]) (unfinished, stranded []Record, err 
 	return unfinished, stranded, err
 }
 
-// strandedError lists the points that stored keys rest on and the machine does not name.
-func strandedError(machine string, stranded []Record) error {
-	var faults []error
-	at := map[RecoveryPoint][]Record{}
+// strandedError lists why stored keys cannot go on, and how many.
+func (m *machine[Tx]) strandedError(stranded []Record) error {
+	why := map[string][]Record{}
 	for _, r := range stranded {
-		at[r.Point] = append(at[r.Point], r)
+		_, _, err := m.next(r)
+		why[err.Error()] = append(why[err.Error()], r)
 	}
-	for point, records := range at {
-		faults = append(faults, fmt.Errorf("keystate: machine %q names no point %q, on which %d unfinished keys rest, such as %s", machine, point, len(records), records[0].Key))
+	var faults []error
+	for _, text := range slices.Sorted(maps.Keys(why)) {
+		faults = append(faults, fmt.Errorf("keystate: %s: %d unfinished keys rest there, such as %s", text, len(why[text]), why[text][0].Key))
 	}
-	slices.SortFunc(faults, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
 	return errors.Join(faults...)
 }
 
-func (e *Engine[Tx]) parkStranded(stranded []Record) error {
+func (m *machine[Tx]) parkStranded(stranded []Record) error {
+	e := m.engine
 	for _, r := range stranded {
-		err := e.change(e.ctx, r.Key, func(r Record) ([]event, error) {
-			return []event{{kind: park, at: now(), reason: UnknownPoint, err: fmt.Sprintf("machine %q does not name the point %q", r.Machine, r.Point)}}, nil
+		_, _, cause := m.next(r)
+		err := e.change(e.ctx, r.Key, func(Record) ([]event, error) {
+			return []event{{kind: park, at: now(), reason: UnknownPoint, err: cause.Error()}}, nil
 		})
 		if err != nil {
 			return err
 		}
-		e.log.Warn("keystate: key parked", "key", r.Key, "machine", r.Machine, "reason", UnknownPoint, "point", r.Point)
-		e.observe(e.observer.Parked, Event{Key: r.Key, Machine: r.Machine, Point: r.Point, Attempt: r.Attempts})
+		e.log.Warn("keystate: key parked", "key", r.Key, "machine", r.Machine, "reason", UnknownPoint, "error", cause)
+		e.observe(e.observer.Parked, Event{Key: r.Key, Machine: r.Machine, Point: r.Point, Attempt: r.Attempts, Err: cause})
 	}
 	return nil
 }
@@ -257,8 +259,8 @@ func (e *Engine[Tx]) asks(r Record) bool {
 	if m == nil {
 		return true // who knows: rather ask once too often
 	}
-	i, known := m.position[r.Point]
-	return known && m.phases[i].reconcile != nil
+	i, _, err := m.next(r)
+	return err != nil || m.phases[i].reconcile != nil
 }
 
 // Abandon ends a parked key with a reason, which becomes its answer: a [FinalError].
@@ -283,7 +285,7 @@ func (e *Engine[Tx]) before(r Record) RecoveryPoint {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if m := e.machines[r.Machine]; m != nil {
-		return m.before(r.Point)
+		return m.before(r)
 	}
 	return r.Point
 }

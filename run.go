@@ -94,7 +94,7 @@ func (m *machine[Tx]) stopped(r Record, err error) *PhaseError {
 		err = errors.New(string(r.ParkReason))
 	}
 	return &PhaseError{
-		Key: r.Key, Machine: m.name, Before: m.before(r.Point), Attempt: r.Attempts, Reason: r.ParkReason, Err: err,
+		Key: r.Key, Machine: m.name, Before: m.before(r), Attempt: r.Attempts, Reason: r.ParkReason, Err: err,
 	}
 }
 
@@ -224,15 +224,14 @@ var errSettled = errors.New("keystate: nothing to resume")
 // resumption is what happens to a key that is taken up: it is claimed, or parked for a reason.
 func (j *journey[Tx]) resumption(r Record) ([]event, error) {
 	at := now()
-	next, known := j.position[r.Point]
-	if !known {
-		err := fmt.Errorf("keystate: machine %q does not name the point %q", j.name, r.Point)
+	next, stale, err := j.next(r)
+	if err != nil {
 		return []event{{kind: park, at: at, reason: UnknownPoint, err: err.Error()}}, err
 	}
 	if err := decodeState(r.State, j.fresh()); err != nil {
 		return []event{{kind: park, at: at, reason: Undecodable, err: err.Error()}}, err
 	}
-	if j.phases[next].retry.usedUp(r.Attempts) {
+	if !stale && j.phases[next].retry.usedUp(r.Attempts) {
 		err := errors.New(r.LastError)
 		if r.LastError == "" {
 			err = errors.New("the process ended during every attempt")
@@ -243,15 +242,21 @@ func (j *journey[Tx]) resumption(r Record) ([]event, error) {
 	if present := j.point(r.Point); present != r.Point {
 		events = append(events, event{kind: rename, at: at, point: present})
 	}
-	return append(events, event{kind: try, at: at}), nil
+	if stale {
+		events = append(events, event{kind: forget, at: at})
+	}
+	return append(events, j.phases[next].try(at)), nil
 }
 
 // advance makes one attempt at the next phase, with what follows from it.
 func (j *journey[Tx]) advance() error {
 	if !j.rest() {
-		return j.rewrite(event{kind: release, at: now()})
+		return j.rewrite(event{kind: release, at: now(), first: j.sent})
 	}
-	i := j.position[j.record.Point]
+	i, _, err := j.next(j.record)
+	if err != nil {
+		return err
+	}
 	p := &j.phases[i]
 	if p.effect == nil || j.record.Acted {
 		return j.commit(leg{from: i, state: j.record.State, stop: len(j.phases)})
@@ -326,7 +331,7 @@ func (j *journey[Tx]) outside(i int, fn func(ctx context.Context, token string, 
 	defer cancel()
 	j.onExit = func() error { return j.effectFailed(i, j.record.State, errGoexit) }
 	err := j.guarded(func() error {
-		return fn(ctx, j.engine.rules.token(j.engine.id, j.record.Incarnation, p.to), s)
+		return fn(ctx, j.engine.rules.token(j.engine.id, j.record.Incarnation, j.record.Begun), s)
 	})
 	state, encodeErr := encodeState(s, j.limit())
 	if encodeErr != nil {
@@ -381,7 +386,7 @@ func (j *journey[Tx]) consequence(p *phase[Tx], v verdict, reason ParkReason, er
 		return []event{failed, {kind: wait, at: at, due: at.Add(p.retry.pause(attempts))}}
 	}
 	j.pause = p.retry.pause(attempts)
-	return []event{failed, {kind: try, at: at}}
+	return []event{failed, p.try(at)}
 }
 
 func (j *journey[Tx]) stall(reason ParkReason, err error) error {
@@ -423,7 +428,7 @@ func (j *journey[Tx]) tell(err error) {
 			j.engine.observe(o.Retried, ev)
 		}
 	case Parked:
-		j.engine.log.Warn("keystate: key parked", "key", ev.Key, "machine", ev.Machine, "before", j.before(j.record.Point), "reason", j.record.ParkReason, "error", err)
+		j.engine.log.Warn("keystate: key parked", "key", ev.Key, "machine", ev.Machine, "before", j.before(j.record), "reason", j.record.ParkReason, "error", err)
 		j.engine.observe(o.Parked, ev)
 	case Answered:
 		j.engine.observe(o.Finished, ev)
@@ -451,7 +456,7 @@ type leg struct {
 type phaseFailure struct {
 	phase int
 	err   error
-	state []byte // as the phase left it
+	state []byte // as the phase left it; nil when it did not say
 }
 
 func (f *phaseFailure) Error() string { return f.err.Error() }
@@ -592,7 +597,7 @@ func (t *trip[Tx]) arrivals(end int, state []byte) []event {
 		}
 		return append(events, t.leg.closing...)
 	case end < len(t.phases): // an effect comes next
-		return append(events, event{kind: try, at: at})
+		return append(events, t.phases[end].try(at))
 	}
 	return events
 }
@@ -606,7 +611,7 @@ func (t *trip[Tx]) failure(err error) *phaseFailure {
 	case errors.As(err, &failed):
 		return failed
 	case t.at >= 0: // it never came back: runtime.Goexit
-		return &phaseFailure{phase: t.at, err: err, state: t.leg.state}
+		return &phaseFailure{phase: t.at, err: err}
 	}
 	return nil
 }
@@ -621,13 +626,16 @@ func (j *journey[Tx]) amend(l leg, f *phaseFailure) leg {
 	}
 	v, reason := j.engine.rules.judge(p, f.err, false, attempts, inRun)
 	if v == ignored {
+		if f.phase == l.from && l.acted { // nothing of the phase is kept
+			l.state, l.acted = j.record.State, false
+		}
 		l.ignored = with(l.ignored, f.phase, f.err.Error())
 		l.stop, l.closing = len(j.phases), nil
 		return l
 	}
 	l.stop, l.closing = f.phase, j.consequence(p, v, reason, f.err, attempts, f.state)
 	if !counted {
-		l.closing = append([]event{{kind: try, at: now()}}, l.closing...)
+		l.closing = append([]event{p.try(now())}, l.closing...)
 	}
 	return l
 }

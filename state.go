@@ -1,6 +1,7 @@
 package keystate
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
@@ -118,10 +119,11 @@ type Record struct {
 	Ended       time.Time // when the key finished: retention counts from here
 
 	// About the phase that comes after Point.
-	Attempts   int       // attempts begun
-	FirstTried time.Time // when its effect may have been sent for the first time; zero: it never was
-	Acted      bool      // its effect is done and part of State; only its commit is owed
-	Due        time.Time // of a waiting key: when the engine takes it up by itself
+	Begun      RecoveryPoint // the point that it reaches, as it was named when it began; empty: it has not
+	Attempts   int           // attempts begun
+	FirstTried time.Time     // when its effect may have been sent for the first time; zero: it never was
+	Acted      bool          // its effect is done and part of State; only its commit is owed
+	Due        time.Time     // of a waiting key: when the engine takes it up by itself
 	ParkReason ParkReason
 
 	LastError string    // of the last attempt that failed, at most 1 KiB
@@ -178,11 +180,12 @@ type event struct {
 	incarnation [16]byte      // begin, stage
 	epoch       uint64        // begin, claim
 	state       []byte        // begin, stage, act, reach, refuse
-	point       RecoveryPoint // reach, refuse; retry: the point under its present name
+	point       RecoveryPoint // rename, try, reach, refuse, abandon
 	due         time.Time     // wait
 	reason      ParkReason    // park
 	err         string        // fail, reach (ignored), park, refuse, abandon
-	sent        bool          // release: the effect may have been sent
+	sent        bool          // try: there is an effect to send; release: it may have been sent
+	first       time.Time     // release: when an earlier attempt may have sent it
 	asks        bool          // retry: the phase has a Reconcile to ask
 }
 
@@ -193,6 +196,7 @@ const (
 	stage   eventKind = "stage"
 	claim   eventKind = "claim"
 	rename  eventKind = "rename"
+	forget  eventKind = "forget"
 	try     eventKind = "try"
 	act     eventKind = "act"
 	reach   eventKind = "reach"
@@ -247,11 +251,18 @@ var transitions = []transition{
 			r.History[len(r.History)-1].Point = e.point
 			return nil
 		}},
+	{forget, []Status{Running}, []Status{Running},
+		"A deploy put another phase next; of the one that had begun nothing has left the store.",
+		func(r *Record, e event) error {
+			r.Begun, r.Attempts = "", 0
+			return nil
+		}},
 	{try, []Status{Running}, []Status{Running},
 		"An attempt at the next phase is counted, before it runs.",
 		func(r *Record, e event) error {
 			r.Attempts++
-			if r.FirstTried.IsZero() {
+			r.Begun = cmp.Or(r.Begun, e.point)
+			if e.sent && r.FirstTried.IsZero() {
 				r.FirstTried = e.at
 			}
 			return nil
@@ -284,8 +295,11 @@ var transitions = []transition{
 		func(r *Record, e event) error {
 			r.Status, r.Due = Waiting, e.at
 			r.Attempts = max(0, r.Attempts-1)
-			if !e.sent && r.Attempts == 0 {
-				r.FirstTried = time.Time{}
+			if !e.sent {
+				r.FirstTried = e.first
+			}
+			if r.Attempts == 0 && r.FirstTried.IsZero() {
+				r.Begun = ""
 			}
 			return nil
 		}},
@@ -301,7 +315,9 @@ var transitions = []transition{
 	{refuse, []Status{Running}, []Status{Answered},
 		"A phase fails for good: that is the answer. The state is kept as the phase left it.",
 		func(r *Record, e event) error {
-			r.State = e.state
+			if e.state != nil {
+				r.State = e.state
+			}
 			r.conclude(e)
 			return nil
 		}},
@@ -372,7 +388,7 @@ func (r *Record) arrive(e event) error {
 	}
 	r.History = append(r.History, Passage{Point: e.point, At: e.at, Attempts: max(1, r.Attempts), Ignored: clip(e.err)})
 	r.Point, r.State = e.point, e.state
-	r.Attempts, r.FirstTried, r.Acted = 0, time.Time{}, false
+	r.begin()
 	if e.point == Finished {
 		r.Status, r.Ended = Answered, e.at
 	}
@@ -384,7 +400,13 @@ func (r *Record) conclude(e event) {
 	r.Refusal = &Refusal{Before: e.point, Reason: clip(e.err)}
 	r.History = append(r.History, Passage{Point: Finished, At: e.at, Attempts: max(1, r.Attempts)})
 	r.Status, r.Point, r.Ended = Answered, Finished, e.at
-	r.Attempts, r.FirstTried, r.Acted, r.ParkReason = 0, time.Time{}, false, ""
+	r.ParkReason = ""
+	r.begin()
+}
+
+// begin wipes what was about the phase before.
+func (r *Record) begin() {
+	r.Begun, r.Attempts, r.FirstTried, r.Acted = "", 0, time.Time{}, false
 }
 
 // expired says whether a finished key has served its time.

@@ -21,7 +21,7 @@ var update = flag.Bool("update", false, "rewrite docs/states.md and testdata")
 
 var (
 	allStatuses = []Status{absent, Running, Waiting, Parked, Answered}
-	allEvents   = []eventKind{begin, stage, claim, rename, try, act, reach, fail, wait, release, park, refuse, retry, abandon, reap}
+	allEvents   = []eventKind{begin, stage, claim, rename, forget, try, act, reach, fail, wait, release, park, refuse, retry, abandon, reap}
 )
 
 // inStatus is a sound record in a status.
@@ -35,8 +35,10 @@ func inStatus(s Status) Record {
 		Created: at, History: []Passage{{Point: Started, At: at}},
 	}
 	switch s {
+	case Running, Waiting:
+		r.Begun = "payout_sent"
 	case Parked:
-		r.ParkReason = AttemptsUsedUp
+		r.Begun, r.ParkReason = "payout_sent", AttemptsUsedUp
 	case Answered:
 		r.Point, r.Ended = Finished, at
 		r.History = append(r.History, Passage{Point: Finished, At: at, Attempts: 1})
@@ -59,7 +61,7 @@ func anEvent(kind eventKind) event {
 func TestEveryPairOfStatusAndEventIsLegalExactlyIfTheTableSaysSo(t *testing.T) {
 	legal := map[Status]string{
 		absent:   "begin stage",
-		Running:  "claim rename try act reach fail wait release park refuse",
+		Running:  "claim rename forget try act reach fail wait release park refuse",
 		Waiting:  "claim rename park",
 		Parked:   "rename retry abandon",
 		Answered: "reap",
@@ -107,10 +109,16 @@ func TestAPointIsReachedOnce(t *testing.T) {
 }
 
 func TestAShutdownGivesTheAttemptBackAndRemembersWhetherTheEffectWasSent(t *testing.T) {
-	tried, _ := inStatus(Running).next(anEvent(try))
+	once := anEvent(try)
+	once.sent = true
+	tried, _ := inStatus(Running).next(once)
 	unsent, err := tried.next(event{kind: release})
 	if err != nil || unsent.Attempts != 0 || !unsent.FirstTried.IsZero() {
 		t.Errorf("unsent: %v, %+v", err, unsent)
+	}
+	earlier, err := tried.next(event{kind: release, first: tried.Created})
+	if err != nil || earlier.FirstTried != tried.Created {
+		t.Errorf("sent by an earlier attempt: %v, %+v", err, earlier)
 	}
 	sent, err := tried.next(event{kind: release, sent: true})
 	if err != nil || sent.Attempts != 0 || sent.FirstTried.IsZero() {
@@ -186,6 +194,7 @@ func drawRecord(t *rapid.T) Record {
 		Fingerprint: [16]byte(rapid.SliceOfN(rapid.Byte(), 16, 16).Draw(t, "fingerprint")),
 		Created:     moment.Draw(t, "created"),
 		Attempts:    rapid.IntRange(0, 1000).Draw(t, "attempts"),
+		Begun:       "payout_sent",
 		FirstTried:  moment.Draw(t, "tried"),
 		Acted:       rapid.Bool().Draw(t, "acted"),
 		Due:         moment.Draw(t, "due"),

@@ -69,6 +69,11 @@ type (
 	// An admitter says whether there is room for a new key.
 	admitter interface{ admit() error }
 
+	// A limiter refuses new keys when it holds more than maxBytes, or leaves less than headroom on its disk.
+	limiter interface {
+		limit(maxBytes, headroom int64)
+	}
+
 	// A grouper tells of every group commit.
 	grouper interface{ onGroup(func(Event)) }
 

@@ -1,0 +1,1570 @@
+package keystate
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+	"unsafe"
+
+	"go.etcd.io/bbolt"
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+type transfer struct {
+	From, To string
+	Cents    int64
+	Payout   string
+	Tags     map[string]int
+}
+
+type transferPhase = Phase[*bbolt.Tx, transfer]
+
+var quiet = slog.New(slog.DiscardHandler)
+
+// open opens a store and closes it with the test.
+func open(t testing.TB, path string, opts *Options) *Engine[*bbolt.Tx] {
+	t.Helper()
+	if opts == nil {
+		opts = new(Options)
+	}
+	if opts.Logger == nil {
+		opts.Logger = quiet
+	}
+	e, err := Open(path, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := e.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return e
+}
+
+func storePath(t testing.TB) string { return filepath.Join(t.TempDir(), "keys.db") }
+
+func register(t testing.TB, e *Engine[*bbolt.Tx], phases ...transferPhase) *Machine[transfer] {
+	t.Helper()
+	m, err := Register(e, "transfer", phases)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+// crashed is a copy of the store as a process leaves it that is killed now, while no commit is under way.
+func crashed(t testing.TB, path string) string {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	copied := filepath.Join(t.TempDir(), "crashed.db")
+	if err := os.WriteFile(copied, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return copied
+}
+
+var (
+	ctx       = context.Background()
+	ada       = Key{Scope: "ada", ID: "8e03"}
+	request   = transfer{From: "ada", To: "bob", Cents: 500}
+	errDown   = errors.New("processor is down")
+	landmark1 = transferPhase{To: "noted"}
+)
+
+// note writes a row that counts how often its commit took effect.
+func note(name string) func(context.Context, *bbolt.Tx, *transfer) error {
+	return func(_ context.Context, tx *bbolt.Tx, s *transfer) error {
+		b, err := tx.CreateBucketIfNotExists([]byte("notes"))
+		if err != nil {
+			return err
+		}
+		row := []byte(s.From + "/" + name)
+		return b.Put(row, append(bytes.Clone(b.Get(row)), '|'))
+	}
+}
+
+// notes reads how often a commit took effect for ada.
+func notes(t testing.TB, e *Engine[*bbolt.Tx], name string) (n int) {
+	t.Helper()
+	err := e.View(ctx, func(tx *bbolt.Tx) error {
+		if b := tx.Bucket([]byte("notes")); b != nil {
+			n = len(b.Get([]byte("ada/" + name)))
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+func record(t testing.TB, e *Engine[*bbolt.Tx], key Key) Record {
+	t.Helper()
+	r, err := e.Key(ctx, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+// three are the phases of a transfer whose effect is given.
+func three(effect func(ctx context.Context, token string, s *transfer) error) []transferPhase {
+	return []transferPhase{
+		{To: "funds_reserved", Commit: note("reserved")},
+		{To: "payout_sent", Effect: effect, Commit: note("sent")},
+		{To: Finished, Commit: note("settled")},
+	}
+}
+
+// processor counts the payouts under each token.
+type processor struct {
+	mu      sync.Mutex
+	payouts map[string]int
+}
+
+func (p *processor) pay(_ context.Context, token string, s *transfer) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.payouts == nil {
+		p.payouts = map[string]int{}
+	}
+	p.payouts[token]++
+	s.Payout = "po_" + token[:8]
+	return nil
+}
+
+func (p *processor) tokens() (all []string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for token := range p.payouts {
+		all = append(all, token)
+	}
+	return all
+}
+
+func TestRetryAfterLostAnswerChargesOnce(t *testing.T) {
+	path := storePath(t)
+	var p processor
+	e := open(t, path, nil)
+	first, err := register(t, e, three(p.pay)...).Do(ctx, ada, request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := e.Close(); err != nil {
+		t.Fatal(err)
+	}
+	e = open(t, path, nil)
+	m := register(t, e, three(p.pay)...)
+	run, err := m.Start(ctx, ada, request)
+	if err != nil || !run.Replayed() {
+		t.Fatalf("replayed: %v", err)
+	}
+	again, err := run.Wait(ctx)
+	if err != nil || !reflect.DeepEqual(first, again) {
+		t.Errorf("first %+v, then %+v, %v", first, again, err)
+	}
+	if len(p.tokens()) != 1 || p.payouts[p.tokens()[0]] != 1 {
+		t.Errorf("payouts: %v", p.payouts)
+	}
+	for _, name := range []string{"reserved", "sent", "settled"} {
+		if n := notes(t, e, name); n != 1 {
+			t.Errorf("%s %d times", name, n)
+		}
+	}
+}
+
+func TestAnotherRequestUnderTheSameKeyIsRefusedWhileInFlightAndAfterwards(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := open(t, storePath(t), nil)
+		proceed := make(chan struct{})
+		m := register(t, e, three(func(context.Context, string, *transfer) error { <-proceed; return nil })...)
+		other, err := Register(e, "refund", three(nil))
+		if err != nil {
+			t.Fatal(err)
+		}
+		run, err := m.Start(ctx, ada, request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		check := func() {
+			t.Helper()
+			before := record(t, e, ada)
+			dearer := request
+			dearer.Cents++
+			if _, err := m.Do(ctx, ada, dearer); !errors.Is(err, ErrMismatch) {
+				t.Errorf("other amount: %v", err)
+			}
+			if _, err := other.Do(ctx, ada, request); !errors.Is(err, ErrMismatch) {
+				t.Errorf("other machine: %v", err)
+			}
+			if !reflect.DeepEqual(before, record(t, e, ada)) {
+				t.Error("the owner's record was touched")
+			}
+		}
+		check()
+		close(proceed)
+		if _, err := run.Wait(ctx); err != nil {
+			t.Fatal(err)
+		}
+		check()
+	})
+}
+
+func TestCallersWithTheSameKeyShareOneRun(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := open(t, storePath(t), nil)
+		var sent atomic.Int32
+		m := register(t, e, three(func(_ context.Context, _ string, s *transfer) error {
+			sent.Add(1)
+			time.Sleep(time.Second)
+			s.Tags = map[string]int{"a": 1}
+			return nil
+		})...)
+		var wg sync.WaitGroup
+		answers := make([]transfer, 20)
+		for i := range answers {
+			wg.Go(func() {
+				var err error
+				if answers[i], err = m.Do(ctx, ada, request); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+		answers[0].Tags["a"] = 2
+		if sent.Load() != 1 || answers[1].Tags["a"] != 1 {
+			t.Errorf("%d effects; each caller has a copy of its own: %v", sent.Load(), answers[1].Tags)
+		}
+	})
+}
+
+func TestACallerMayPreferNotToWaitForAnothersRun(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := open(t, storePath(t), &Options{RefuseInFlight: true})
+		m := register(t, e, three(func(context.Context, string, *transfer) error { time.Sleep(time.Second); return nil })...)
+		run, err := m.Start(ctx, ada, request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := m.Do(ctx, ada, request); !errors.Is(err, ErrInProgress) {
+			t.Error(err)
+		}
+		if _, err := run.Wait(ctx); err != nil {
+			t.Error(err)
+		}
+		if _, err := m.Do(ctx, ada, request); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestTheRunGoesOnWhenItsCallerLeaves(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := open(t, storePath(t), nil)
+		m := register(t, e, three(func(context.Context, string, *transfer) error { time.Sleep(time.Minute / 4); return nil })...)
+		impatient, cancel := context.WithTimeout(ctx, time.Second)
+		defer cancel()
+		if _, err := m.Do(impatient, ada, request); !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatal(err)
+		}
+		if err := e.Resume(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if r := record(t, e, ada); r.Status != Answered {
+			t.Errorf("%+v", r)
+		}
+	})
+}
+
+func TestAShutdownIsNotAFailure(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		path := storePath(t)
+		e := open(t, path, nil)
+		hang := func(ctx context.Context, _ string, _ *transfer) error { <-ctx.Done(); return ctx.Err() }
+		m := register(t, e, three(hang)...)
+		run, err := m.Start(ctx, ada, request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := e.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := run.Wait(ctx); !errors.Is(err, ErrClosed) {
+			t.Error(err)
+		}
+		if _, err := m.Do(ctx, ada, request); !errors.Is(err, ErrClosed) {
+			t.Error(err)
+		}
+		e = open(t, path, nil)
+		if r := record(t, e, ada); r.Status != Waiting || r.Point != "funds_reserved" || r.Attempts != 0 {
+			t.Errorf("%+v", r)
+		}
+		var p processor
+		register(t, e, three(p.pay)...)
+		if err := e.Resume(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if r := record(t, e, ada); r.Status != Answered || notes(t, e, "reserved") != 1 || notes(t, e, "settled") != 1 {
+			t.Errorf("%+v", r)
+		}
+	})
+}
+
+func TestCloseNamesTheEffectThatDoesNotEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := open(t, storePath(t), &Options{CloseTimeout: time.Second})
+		proceed := make(chan struct{})
+		m := register(t, e, three(func(context.Context, string, *transfer) error { <-proceed; return nil })...)
+		run, err := m.Start(ctx, ada, request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := e.Close(); err == nil || !strings.Contains(err.Error(), "ada/8e03") {
+			t.Errorf("got %v", err)
+		}
+		close(proceed)
+		if _, err := run.Wait(ctx); !errors.Is(err, ErrClosed) {
+			t.Error(err)
+		}
+	})
+}
+
+// interrupted makes a store in which ada's effect was under way when the process was killed, and returns its
+// path, with the token that the effect was given.
+func interrupted(t *testing.T, adapt func(p *transferPhase)) (path, token string) {
+	t.Helper()
+	original := storePath(t)
+	e := open(t, original, nil)
+	inside, proceed := make(chan string), make(chan struct{})
+	phases := three(func(_ context.Context, token string, _ *transfer) error {
+		inside <- token
+		<-proceed
+		return nil
+	})
+	adapt(&phases[1])
+	run, err := register(t, e, phases...).Start(ctx, ada, request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	token = <-inside
+	path = crashed(t, original)
+	close(proceed)
+	if _, err := run.Wait(ctx); err != nil {
+		t.Fatal(err)
+	}
+	return path, token
+}
+
+func asIs(*transferPhase) {}
+
+func TestAfterACrashTheEffectRunsAgainWithTheSameToken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		path, token := interrupted(t, asIs)
+		e := open(t, path, nil)
+		var p processor
+		register(t, e, three(p.pay)...)
+		if err := e.Resume(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if got := p.tokens(); len(got) != 1 || got[0] != token {
+			t.Errorf("sent under %v, before the crash under %s", got, token)
+		}
+		if r := record(t, e, ada); r.Status != Answered || notes(t, e, "reserved") != 1 || r.History[2].Attempts != 2 {
+			t.Errorf("%+v", r)
+		}
+	})
+}
+
+func TestAnEffectThatMustNotRunTwiceParksAfterACrash(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		once := func(p *transferPhase) { p.AtMostOnce = true }
+		path, _ := interrupted(t, once)
+		e := open(t, path, nil)
+		var p processor
+		phases := three(p.pay)
+		once(&phases[1])
+		m := register(t, e, phases...)
+		if err := e.Resume(ctx); err != nil {
+			t.Fatal(err)
+		}
+		r := record(t, e, ada)
+		if r.Status != Parked || r.ParkReason != Indeterminate || len(p.tokens()) != 0 {
+			t.Fatalf("%+v, %v", r, p.payouts)
+		}
+		_, err := m.Do(ctx, ada, request)
+		var stopped *PhaseError
+		if !errors.Is(err, ErrParked) || !errors.As(err, &stopped) || stopped.Before != "payout_sent" || stopped.Reason != Indeterminate {
+			t.Errorf("got %v", err)
+		}
+		if err := e.Retry(ctx, ada); err != nil {
+			t.Fatal(err)
+		}
+		if err := e.Resume(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if answer, err := m.Do(ctx, ada, request); err != nil || answer.Payout == "" || len(p.tokens()) != 1 {
+			t.Errorf("after the operator's word: %+v, %v", answer, err)
+		}
+	})
+}
+
+func TestReconcileDecidesWhatBecameOfAnEffect(t *testing.T) {
+	for name, test := range map[string]struct {
+		outcome Outcome
+		sent    int
+		status  Status
+		payout  string
+	}{
+		"done":     {Done, 0, Answered, "po_found"},
+		"not done": {NotDone, 1, Answered, "po_sent"},
+		"unknown":  {Unknown, 0, Parked, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				path, token := interrupted(t, func(p *transferPhase) { p.AtMostOnce = true })
+				e := open(t, path, nil)
+				sent := 0
+				phases := three(func(_ context.Context, _ string, s *transfer) error {
+					sent++
+					s.Payout = "po_sent"
+					return nil
+				})
+				phases[1].AtMostOnce = true
+				phases[1].Reconcile = func(_ context.Context, asked string, s *transfer) (Outcome, error) {
+					if asked != token {
+						t.Errorf("asked for %s, sent was %s", asked, token)
+					}
+					s.Payout = "po_found"
+					return test.outcome, nil
+				}
+				m := register(t, e, phases...)
+				if err := e.Resume(ctx); err != nil {
+					t.Fatal(err)
+				}
+				r := record(t, e, ada)
+				s, err := m.DecodeState(r)
+				if err != nil || sent != test.sent || r.Status != test.status || s.Payout != test.payout {
+					t.Errorf("sent %d times, %s, payout %q, %v", sent, r.Status, s.Payout, err)
+				}
+			})
+		})
+	}
+}
+
+func TestATokenThatMayBeForgottenIsNotSentAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		path, _ := interrupted(t, asIs)
+		time.Sleep(25 * time.Hour)
+		e := open(t, path, nil)
+		var p processor
+		phases := three(p.pay)
+		phases[1].TokenLife = 24 * time.Hour
+		register(t, e, phases...)
+		if err := e.Resume(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if r := record(t, e, ada); r.ParkReason != TokenExpired || len(p.tokens()) != 0 {
+			t.Errorf("%+v, %v", r, p.payouts)
+		}
+	})
+}
+
+func TestAnErrorIsRetriedInTheRunThenByTheEngineThenParked(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var retried, parked atomic.Int32
+		e := open(t, storePath(t), &Options{Observer: &Observer{
+			Retried: func(Event) { retried.Add(1) },
+			Parked:  func(Event) { parked.Add(1) },
+		}})
+		tries := 0
+		phases := three(func(context.Context, string, *transfer) error { tries++; return errDown })
+		phases[1].Retry = RetryPolicy{Attempts: 5, InRun: 2, Initial: time.Second, Max: time.Hour}
+		m := register(t, e, phases...)
+		_, err := m.Do(ctx, ada, request)
+		var stopped *PhaseError
+		if !errors.Is(err, errDown) || !errors.As(err, &stopped) || stopped.Attempt != 2 || errors.Is(err, ErrParked) {
+			t.Fatalf("got %v", err)
+		}
+		if want := `keystate: ada/8e03 stopped before "payout_sent": processor is down`; err.Error() != want {
+			t.Errorf("got %s", err)
+		}
+		if r := record(t, e, ada); tries != 2 || r.Status != Waiting || r.LastError != errDown.Error() || !r.Due.After(time.Now()) {
+			t.Errorf("after the run: %d tries, %+v", tries, r)
+		}
+		if err := e.Resume(ctx); err != nil {
+			t.Fatal(err)
+		}
+		r := record(t, e, ada)
+		if tries != 5 || r.Status != Parked || r.ParkReason != AttemptsUsedUp || r.Attempts != 5 {
+			t.Errorf("in the end: %d tries, %+v", tries, r)
+		}
+		if retried.Load() != 4 || parked.Load() != 1 {
+			t.Errorf("observed %d retries, %d parkings", retried.Load(), parked.Load())
+		}
+	})
+}
+
+func TestAClientsRetryTakesUpAWaitingKeyAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := open(t, storePath(t), nil)
+		down := true
+		phases := three(func(_ context.Context, _ string, s *transfer) error {
+			if down {
+				return errDown
+			}
+			return nil
+		})
+		phases[1].Retry = RetryPolicy{InRun: -1, Initial: time.Hour, Max: time.Hour}
+		m := register(t, e, phases...)
+		if _, err := m.Do(ctx, ada, request); !errors.Is(err, errDown) {
+			t.Fatal(err)
+		}
+		down = false
+		start := time.Now()
+		if _, err := m.Do(ctx, ada, request); err != nil || time.Since(start) > time.Minute {
+			t.Errorf("%v after %v", err, time.Since(start))
+		}
+	})
+}
+
+func TestACommitThatFailsKeepsWhatItsEffectFound(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		path := storePath(t)
+		e := open(t, path, nil)
+		var p processor
+		phases := three(p.pay)
+		phases[1].AtMostOnce = true
+		phases[1].Retry = RetryPolicy{InRun: -1, Initial: time.Hour, Max: time.Hour}
+		phases[1].Commit = func(context.Context, *bbolt.Tx, *transfer) error { return errDown }
+		if _, err := register(t, e, phases...).Do(ctx, ada, request); !errors.Is(err, errDown) {
+			t.Fatal(err)
+		}
+		path = crashed(t, path)
+		e = open(t, path, nil)
+		phases[1].Commit = note("sent")
+		m := register(t, e, phases...)
+		answer, err := m.Do(ctx, ada, request)
+		if err != nil || answer.Payout == "" || len(p.tokens()) != 1 || p.payouts[p.tokens()[0]] != 1 {
+			t.Errorf("%+v, %v, %v", answer, err, p.payouts)
+		}
+	})
+}
+
+func TestAFinalErrorIsAnAnswerLikeAnyOther(t *testing.T) {
+	declined := errors.New("card declined")
+	for name, phases := range map[string][]transferPhase{
+		"by an effect": three(func(_ context.Context, _ string, s *transfer) error {
+			s.Payout = "none"
+			return fmt.Errorf("processor: %w", Final(declined))
+		}),
+		"by a commit": {landmark1, {To: Finished, Commit: func(ctx context.Context, tx *bbolt.Tx, s *transfer) error {
+			s.Payout = "none"
+			return errors.Join(note("settled")(ctx, tx, s), Final(declined))
+		}}},
+		"by policy": {landmark1, {To: Finished, OnError: Fail, Effect: func(_ context.Context, _ string, s *transfer) error {
+			s.Payout = "none"
+			return declined
+		}}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			e := open(t, storePath(t), nil)
+			m := register(t, e, phases...)
+			first, err1 := m.Do(ctx, ada, request)
+			again, err2 := m.Do(ctx, ada, request)
+			var final *FinalError
+			if !errors.As(err1, &final) || !strings.Contains(final.Reason, "card declined") || first.Payout != "none" {
+				t.Fatalf("%+v, %v", first, err1)
+			}
+			if !reflect.DeepEqual(first, again) || !reflect.DeepEqual(err1, err2) {
+				t.Errorf("first %+v, %v; then %+v, %v", first, err1, again, err2)
+			}
+			if notes(t, e, "settled") != 0 {
+				t.Error("the refusing commit left a trace")
+			}
+		})
+	}
+}
+
+func TestAnIgnoredErrorLeavesNothingOfThePhaseButItsPoint(t *testing.T) {
+	for name, ignored := range map[string]transferPhase{
+		"of an effect": {To: "receipt_sent", OnError: Ignore, Commit: note("receipt"), Effect: func(_ context.Context, _ string, s *transfer) error {
+			s.Payout = "half"
+			return errDown
+		}},
+		"of a commit": {To: "receipt_sent", OnError: Ignore, Commit: func(ctx context.Context, tx *bbolt.Tx, s *transfer) error {
+			s.Payout = "half"
+			return errors.Join(note("receipt")(ctx, tx, s), errDown)
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			e := open(t, storePath(t), nil)
+			m := register(t, e, transferPhase{To: "funds_reserved", Commit: note("reserved")}, ignored, transferPhase{To: Finished, Commit: note("settled")})
+			answer, err := m.Do(ctx, ada, request)
+			if err != nil || answer.Payout != "" || notes(t, e, "receipt") != 0 || notes(t, e, "reserved") != 1 || notes(t, e, "settled") != 1 {
+				t.Errorf("%+v, %v", answer, err)
+			}
+			if r := record(t, e, ada); r.History[2].Ignored != errDown.Error() {
+				t.Errorf("%+v", r.History)
+			}
+		})
+	}
+}
+
+func TestPanicAndGoexitAreAttemptsLikeAnyOther(t *testing.T) {
+	panics := func() { panic("oops") }
+	for name, misbehave := range map[string]func(){"panic": panics, "Goexit": runtime.Goexit} {
+		for _, where := range []string{"effect", "commit", "first commit"} {
+			t.Run(name+" in "+where, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					e := open(t, storePath(t), nil)
+					tries := 0
+					once := func() {
+						if tries++; tries == 1 {
+							misbehave()
+						}
+					}
+					phases := three(func(context.Context, string, *transfer) error { return nil })
+					commit := func(next func(context.Context, *bbolt.Tx, *transfer) error) func(context.Context, *bbolt.Tx, *transfer) error {
+						return func(ctx context.Context, tx *bbolt.Tx, s *transfer) error {
+							if err := next(ctx, tx, s); err != nil {
+								return err
+							}
+							once()
+							return nil
+						}
+					}
+					switch where {
+					case "effect":
+						phases[1].Effect = func(context.Context, string, *transfer) error { once(); return nil }
+					case "commit":
+						phases[1].Commit = commit(note("sent"))
+					case "first commit":
+						phases[0].Commit = commit(note("reserved"))
+					}
+					m := register(t, e, phases...)
+					if _, err := m.Do(ctx, ada, request); err != nil {
+						t.Fatal(err)
+					}
+					r := record(t, e, ada)
+					if tries < 2 || r.LastError == "" {
+						t.Errorf("%d tries, %+v", tries, r)
+					}
+					for _, name := range []string{"reserved", "sent", "settled"} {
+						if n := notes(t, e, name); n != 1 {
+							t.Errorf("%s %d times", name, n)
+						}
+					}
+				})
+			})
+		}
+	}
+}
+
+func TestAFailingMemberHarmsNobodyInItsGroup(t *testing.T) {
+	e := open(t, storePath(t), nil)
+	m := register(t, e, transferPhase{To: Finished, OnError: Fail, Commit: func(ctx context.Context, tx *bbolt.Tx, s *transfer) error {
+		if err := note("counted")(ctx, tx, s); err != nil {
+			return err
+		}
+		switch s.Cents % 5 {
+		case 1:
+			return errDown
+		case 2:
+			panic("oops")
+		case 3:
+			runtime.Goexit()
+		}
+		return nil
+	}})
+	var wg sync.WaitGroup
+	for i := range int64(300) {
+		wg.Go(func() {
+			_, err := m.Do(ctx, Key{Scope: "ada", ID: fmt.Sprint(i)}, transfer{From: "ada", Cents: i})
+			var final *FinalError
+			if bad := i%5 >= 1 && i%5 <= 3; bad != errors.As(err, &final) || !bad && err != nil {
+				t.Errorf("%d: %v", i, err)
+			}
+		})
+	}
+	wg.Wait()
+	if n := notes(t, e, "counted"); n != 120 {
+		t.Errorf("%d commits took effect, want 120", n)
+	}
+	checkStore(t, e)
+}
+
+// checkStore verifies the whole of a store that is open.
+func checkStore(t testing.TB, e *Engine[*bbolt.Tx]) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "verified.db")
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := Backup(ctx, e, f); err != nil {
+		t.Fatal(err)
+	}
+	if err := Verify(path); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestACrashLoopEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		few := func(p *transferPhase) { p.Retry = RetryPolicy{Attempts: 3} }
+		path, _ := interrupted(t, few)
+		for range 2 {
+			e := open(t, path, nil)
+			inside, proceed := make(chan bool), make(chan struct{})
+			phases := three(func(context.Context, string, *transfer) error { inside <- true; <-proceed; return errDown })
+			few(&phases[1])
+			phases[1].Retry.InRun = -1
+			register(t, e, phases...)
+			<-inside
+			path = crashed(t, path)
+			close(proceed)
+		}
+		e := open(t, path, nil)
+		phases := three(func(context.Context, string, *transfer) error { t.Error("a fourth attempt"); return nil })
+		few(&phases[1])
+		register(t, e, phases...)
+		if err := e.Resume(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if r := record(t, e, ada); r.ParkReason != AttemptsUsedUp || r.Attempts != 3 {
+			t.Errorf("%+v", r)
+		}
+	})
+}
+
+func TestADeployThatWouldStrandAKeyFailsAtRegister(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		path, _ := interrupted(t, asIs)
+		var p processor
+		renamed := three(p.pay)
+		renamed[0].To = "money_held"
+
+		e := open(t, crashed(t, path), nil)
+		_, err := Register(e, "transfer", renamed)
+		if err == nil || !strings.Contains(err.Error(), `"funds_reserved"`) || !strings.Contains(err.Error(), "ada/8e03") {
+			t.Errorf("got %v", err)
+		}
+
+		e = open(t, crashed(t, path), &Options{ParkUnknown: true})
+		if _, err := Register(e, "transfer", renamed); err != nil {
+			t.Fatal(err)
+		}
+		if r := record(t, e, ada); r.ParkReason != UnknownPoint {
+			t.Errorf("%+v", r)
+		}
+
+		e = open(t, crashed(t, path), nil)
+		renamed[0].Formerly = []RecoveryPoint{"funds_reserved"}
+		register(t, e, renamed...)
+		if err := e.Resume(ctx); err != nil {
+			t.Fatal(err)
+		}
+		r := record(t, e, ada)
+		if r.Status != Answered || r.History[1].Point != "money_held" || notes(t, e, "reserved") != 1 {
+			t.Errorf("%+v", r)
+		}
+	})
+}
+
+func TestAStateThatDoesNotDecodeParksItsKeyAndNoOther(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		path := storePath(t)
+		e := open(t, path, nil)
+		phases := three(func(ctx context.Context, _ string, _ *transfer) error { <-ctx.Done(); return ctx.Err() })
+		m := register(t, e, phases...)
+		eve := Key{Scope: "eve", ID: "1"}
+		for _, key := range []Key{ada, eve} {
+			if _, err := m.Start(ctx, key, transfer{From: key.Scope}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := e.Close(); err != nil {
+			t.Fatal(err)
+		}
+		e = open(t, path, nil)
+		err := e.change(ctx, ada, func(r Record) ([]event, error) {
+			fromIsANumber := []byte("\x81\xa4From\x05")
+			return []event{{kind: claim, epoch: r.Epoch}, {kind: act, state: fromIsANumber}, {kind: wait, due: now()}}, nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var p processor
+		register(t, e, three(p.pay)...)
+		if err := e.Resume(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if r := record(t, e, ada); r.ParkReason != Undecodable {
+			t.Errorf("ada: %+v", r)
+		}
+		if r := record(t, e, eve); r.Status != Answered {
+			t.Errorf("eve: %+v", r)
+		}
+	})
+}
+
+func TestWhatIsWrongWithACallIsSaidBeforeAnythingIsWritten(t *testing.T) {
+	e := open(t, storePath(t), &Options{MaxState: 1000})
+	m := register(t, e, three(nil)...)
+	long := strings.Repeat("x", 256)
+	for name, test := range map[string]struct {
+		key  Key
+		want error
+		s    transfer
+	}{
+		"empty ID":        {Key{"ada", ""}, ErrInvalidKey, request},
+		"long ID":         {Key{"ada", long}, ErrInvalidKey, request},
+		"long scope":      {Key{long, "1"}, ErrInvalidKey, request},
+		"state too large": {ada, ErrTooLarge, transfer{Payout: strings.Repeat("x", 1000)}},
+	} {
+		if _, err := m.Do(ctx, test.key, test.s); !errors.Is(err, test.want) {
+			t.Errorf("%s: got %v", name, err)
+		}
+	}
+	longest := Key{long[:255], long[:255]}
+	if _, err := m.Do(ctx, longest, request); err != nil {
+		t.Error(err)
+	}
+	if stats, err := e.Stats(ctx); err != nil || stats.Counts != (Counts{Finished: 1}) {
+		t.Errorf("%+v, %v", stats, err)
+	}
+}
+
+func TestAStateThatGrowsTooLargeStopsThePhaseThatGrewIt(t *testing.T) {
+	e := open(t, storePath(t), &Options{MaxState: 1000})
+	phases := three(nil)
+	phases[2].OnError = Fail
+	phases[2].Commit = func(ctx context.Context, tx *bbolt.Tx, s *transfer) error {
+		s.Payout = strings.Repeat("x", 1000)
+		return note("settled")(ctx, tx, s)
+	}
+	_, err := register(t, e, phases...).Do(ctx, ada, request)
+	var final *FinalError
+	if !errors.As(err, &final) || !strings.Contains(final.Reason, "too large") || notes(t, e, "settled") != 0 || notes(t, e, "sent") != 1 {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestAllFaultsOfARegistrationAreToldAtOnce(t *testing.T) {
+	e := open(t, storePath(t), nil)
+	_, err := Register(e, "", []transferPhase{
+		{To: Started},
+		{To: Finished},
+		{To: "a", AtMostOnce: true},
+		{To: "a", OnError: 7},
+		{To: "", TokenLife: -1},
+	})
+	if err == nil {
+		t.Fatal("it was registered")
+	}
+	for _, want := range []string{"name must have", "where every key begins", "only the last", "named twice", "there is none", "none of Retry", "1 to 100 bytes", "negative"} {
+		if !strings.Contains(err.Error(), want) {
+			t.Errorf("%q is not among the faults:\n%v", want, err)
+		}
+	}
+	if _, err := Register(e, "endless", []transferPhase{{To: "a"}}); err == nil || !strings.Contains(err.Error(), "last phase must reach") {
+		t.Errorf("got %v", err)
+	}
+	register(t, e, three(nil)...)
+	if _, err := Register(e, "transfer", three(nil)); err == nil {
+		t.Error("the same name twice")
+	}
+}
+
+func TestCallersBeyondTheLimitWaitInLineAndClaimNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := open(t, storePath(t), &Options{MaxRuns: 2})
+		m := register(t, e, three(func(context.Context, string, *transfer) error { time.Sleep(10 * time.Second); return nil })...)
+		for i := range 2 {
+			if _, err := m.Start(ctx, Key{ID: fmt.Sprint(i)}, request); err != nil {
+				t.Fatal(err)
+			}
+		}
+		impatient, cancel := context.WithTimeout(ctx, time.Second)
+		defer cancel()
+		if _, err := m.Do(impatient, ada, request); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("got %v", err)
+		}
+		if _, err := e.Key(ctx, ada); !errors.Is(err, ErrNotFound) {
+			t.Errorf("it was claimed: %v", err)
+		}
+		if _, err := m.Do(ctx, ada, request); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestAStagedKeyExistsExactlyIfItsCommitDoes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := open(t, storePath(t), nil)
+		var receipts atomic.Int32
+		outbox, err := Register(e, "receipt", []transferPhase{{To: Finished, Effect: func(context.Context, string, *transfer) error {
+			receipts.Add(1)
+			return nil
+		}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		phases := three(nil)
+		tries := 0
+		phases[2].Commit = func(_ context.Context, tx *bbolt.Tx, s *transfer) error {
+			if err := Stage(tx, outbox, Key{"receipt", s.From}, *s); err != nil {
+				return err
+			}
+			if err := Stage(tx, outbox, Key{"receipt", s.From}, *s); err != nil { // again: nothing happens
+				return err
+			}
+			if tries++; tries < 3 {
+				return errDown
+			}
+			return nil
+		}
+		m := register(t, e, phases...)
+		if _, err := m.Do(ctx, ada, request); err != nil {
+			t.Fatal(err)
+		}
+		if err := e.Resume(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if r := record(t, e, Key{"receipt", "ada"}); r.Status != Answered || receipts.Load() != 1 {
+			t.Errorf("%d receipts, %+v", receipts.Load(), r)
+		}
+		err = e.Update(ctx, func(tx *bbolt.Tx) error { return Stage(tx, outbox, Key{"receipt", "ada"}, transfer{From: "eve"}) })
+		if !errors.Is(err, ErrMismatch) {
+			t.Errorf("staged for another request: %v", err)
+		}
+		if err := e.Update(ctx, func(tx *bbolt.Tx) error { return Stage(tx, outbox, Key{"receipt", "eve"}, request) }); err != nil {
+			t.Fatal(err)
+		}
+		if err := e.Resume(ctx); err != nil || receipts.Load() != 2 {
+			t.Errorf("%d receipts, %v", receipts.Load(), err)
+		}
+		err = e.View(ctx, func(tx *bbolt.Tx) error { return Stage(tx, outbox, Key{"receipt", "bob"}, request) })
+		if err == nil {
+			t.Error("staged in a transaction that is none of the engine's")
+		}
+	})
+}
+
+func TestACallFromInsideACommitIsRefusedInsteadOfHanging(t *testing.T) {
+	e := open(t, storePath(t), nil)
+	var m *Machine[transfer]
+	var inside []error
+	phases := three(nil)
+	phases[0].Commit = func(ctx context.Context, tx *bbolt.Tx, _ *transfer) error {
+		_, err := m.Do(ctx, Key{ID: "other"}, request)
+		inside = []error{err, e.Update(ctx, func(*bbolt.Tx) error { return nil }), e.View(ctx, func(*bbolt.Tx) error { return nil })}
+		return nil
+	}
+	m = register(t, e, phases...)
+	if _, err := m.Do(ctx, ada, request); err != nil {
+		t.Fatal(err)
+	}
+	for _, err := range inside {
+		if !errors.Is(err, ErrInCommit) {
+			t.Errorf("got %v", err)
+		}
+	}
+}
+
+func TestAFinishedKeyIsReapedAfterItsRetentionAndThenANewRequest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var reaped atomic.Int32
+		e := open(t, storePath(t), &Options{Retention: time.Hour, Observer: &Observer{Reaped: func(ev Event) { reaped.Add(int32(ev.Size)) }}})
+		var p processor
+		m := register(t, e, three(p.pay)...)
+		for i := range 500 {
+			if _, err := m.Do(ctx, Key{Scope: "ada", ID: fmt.Sprint(i)}, request); err != nil {
+				t.Fatal(err)
+			}
+		}
+		slow := three(nil)
+		slow[1].Retry = RetryPolicy{Attempts: -1, InRun: -1, Initial: 24 * time.Hour, Max: 24 * time.Hour}
+		slow[1].Effect = func(context.Context, string, *transfer) error { return errDown }
+		other, err := Register(e, "slow", slow)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := other.Do(ctx, Key{ID: "unfinished"}, request); !errors.Is(err, errDown) {
+			t.Fatal(err)
+		}
+		time.Sleep(59 * time.Minute)
+		if stats, _ := e.Stats(ctx); stats.Finished != 500 {
+			t.Errorf("before its time: %+v", stats)
+		}
+		time.Sleep(3 * time.Minute)
+		if stats, _ := e.Stats(ctx); stats.Finished != 0 || stats.Waiting != 1 || reaped.Load() != 500 {
+			t.Errorf("after its time: %+v, %d reaped", stats, reaped.Load())
+		}
+		if _, err := m.Do(ctx, Key{Scope: "ada", ID: "7"}, request); err != nil {
+			t.Fatal(err)
+		}
+		if n := len(p.tokens()); n != 501 {
+			t.Errorf("%d tokens, want a new one for the new request", n)
+		}
+		checkStore(t, e)
+	})
+}
+
+func TestAParkedKeyMayBeAbandoned(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := open(t, storePath(t), nil)
+		phases := three(func(context.Context, string, *transfer) error { return errDown })
+		phases[1].Retry.Attempts = 1
+		m := register(t, e, phases...)
+		if err := e.Abandon(ctx, ada, "why not"); !errors.Is(err, ErrNotFound) {
+			t.Errorf("got %v", err)
+		}
+		if _, err := m.Do(ctx, ada, request); !errors.Is(err, ErrParked) || !errors.Is(err, errDown) {
+			t.Fatal(err)
+		}
+		if err := e.Abandon(ctx, ada, "refunded by hand"); err != nil {
+			t.Fatal(err)
+		}
+		_, err := m.Do(ctx, ada, request)
+		var final *FinalError
+		if !errors.As(err, &final) || final.Reason != "abandoned: refunded by hand" || final.Before != "payout_sent" {
+			t.Errorf("got %v", err)
+		}
+		for _, act := range []error{e.Abandon(ctx, ada, "again"), e.Retry(ctx, ada)} {
+			if act == nil {
+				t.Error("a finished key was touched")
+			}
+		}
+	})
+}
+
+func TestKeysAreListedPageByPage(t *testing.T) {
+	e := open(t, storePath(t), nil)
+	phases := three(func(_ context.Context, _ string, s *transfer) error {
+		if s.From == "eve" {
+			return errDown
+		}
+		return nil
+	})
+	phases[1].Retry.Attempts = 1
+	m := register(t, e, phases...)
+	var wg sync.WaitGroup
+	for i := range 700 {
+		wg.Go(func() {
+			from := []string{"ada", "eve"}[i%2]
+			_, _ = m.Do(ctx, Key{from, fmt.Sprint(i)}, transfer{From: from})
+		})
+	}
+	wg.Wait()
+	for _, test := range []struct {
+		f    Filter
+		want int
+	}{
+		{Filter{}, 700}, {Filter{Status: Parked}, 350}, {Filter{Status: Answered}, 350}, {Filter{Point: "funds_reserved"}, 350},
+		{Filter{Point: Finished}, 350}, {Filter{Machine: "transfer"}, 700}, {Filter{Machine: "other"}, 0},
+		{Filter{Status: Parked, Point: Finished}, 0}, {Filter{Status: Waiting}, 0},
+	} {
+		seen := map[Key]bool{}
+		for r, err := range e.Keys(ctx, test.f) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			seen[r.Key] = true
+		}
+		if len(seen) != test.want {
+			t.Errorf("%+v: %d keys, want %d", test.f, len(seen), test.want)
+		}
+	}
+	for range e.Keys(ctx, Filter{}) {
+		break
+	}
+}
+
+func TestWhatHappensIsObserved(t *testing.T) {
+	var mu sync.Mutex
+	var seen []string
+	tell := func(what string) func(Event) {
+		return func(ev Event) {
+			mu.Lock()
+			defer mu.Unlock()
+			seen = append(seen, strings.TrimSpace(fmt.Sprint(what, " ", ev.Point)))
+			if what == "committed" && ev.Took <= 0 || what == "grouped" && ev.Size != 1 {
+				t.Errorf("%s: %+v", what, ev)
+			}
+		}
+	}
+	e := open(t, storePath(t), &Options{Observer: &Observer{
+		Claimed: tell("claimed"), Committed: tell("committed"), Finished: tell("finished"), Replayed: tell("replayed"), Grouped: tell("grouped"),
+	}})
+	var p processor
+	m := register(t, e, three(p.pay)...)
+	for range 2 {
+		if _, err := m.Do(ctx, ada, request); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := []string{"grouped", "claimed started", "committed funds_reserved", "grouped", "committed payout_sent", "committed finished", "finished finished", "replayed finished"}
+	if !slices.Equal(seen, want) {
+		t.Errorf("got  %q\nwant %q", seen, want)
+	}
+}
+
+func TestAFieldAddedInAReleaseMakesNoStrangerOfAnHonestRetry(t *testing.T) {
+	e := open(t, storePath(t), nil)
+	type before struct {
+		To, From string
+		Limits   map[string]int
+	}
+	type after struct {
+		Comment  string    `json:"comment,omitempty"`
+		Due      time.Time `msgpack:"due"`
+		Urgent   bool
+		Weight   float64
+		Parent   *before
+		List     []string
+		Limits   map[string]int
+		From, To string
+	}
+	old, err := Register(e, "old", []Phase[*bbolt.Tx, before]{{To: Finished}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	new, err := Register(e, "new", []Phase[*bbolt.Tx, after]{{To: Finished}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	prints := map[[16]byte]bool{}
+	for range 20 { // maps are encoded in any order
+		limits := map[string]int{"day": 1, "week": 2, "month": 3, "year": 4}
+		b1, _, err1 := old.encode(before{From: "ada", To: "bob", Limits: limits})
+		b2, _, err2 := new.encode(after{From: "ada", To: "bob", Limits: limits})
+		if err := errors.Join(err1, err2); err != nil {
+			t.Fatal(err)
+		}
+		for _, b := range [][]byte{b1, b2} {
+			form, err := canonical(b)
+			if err != nil {
+				t.Fatal(err)
+			}
+			prints[fingerprint("transfer", form)] = true
+		}
+	}
+	if len(prints) != 1 {
+		t.Errorf("%d fingerprints of one request", len(prints))
+	}
+	_, one, _ := new.encode(after{List: []string{"a"}})
+	_, two, _ := new.encode(after{List: []string{"a", ""}})
+	if one == two {
+		t.Error("two requests with one fingerprint")
+	}
+}
+
+// TestTheRootImportsNothingOfItsSubPackages keeps the arrows pointing at the root.
+func TestTheRootImportsNothingOfItsSubPackages(t *testing.T) {
+	out, err := exec.Command("go", "list", "-deps", "-f", "{{if not .Standard}}{{.ImportPath}}{{end}}", ".").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	allowed := []string{
+		"example.com/keystate", "example.com/keystate/internal/", "go.etcd.io/bbolt", "github.com/vmihailenco/", "github.com/google/uuid",
+		"github.com/cenkalti/backoff/v5", "golang.org/x/sys/",
+	}
+	for _, path := range strings.Fields(string(out)) {
+		if !slices.ContainsFunc(allowed, func(a string) bool {
+			return path == a || a != "example.com/keystate" && strings.HasPrefix(path, a)
+		}) {
+			t.Errorf("the root depends on %s", path)
+		}
+	}
+}
+
+// brokenDisk lets a database's writes fail as a disk would fail them. bbolt writes through a function of its own, for its tests.
+func brokenDisk(e *Engine[*bbolt.Tx], writeAt func(write func([]byte, int64) (int, error), b []byte, off int64) (int, error)) {
+	db := e.store.(*boltStore).db
+	field := reflect.ValueOf(db).Elem().FieldByName("ops").FieldByName("writeAt")
+	p := (*func([]byte, int64) (int, error))(unsafe.Pointer(field.UnsafeAddr()))
+	original := *p
+	*p = func(b []byte, off int64) (int, error) { return writeAt(original, b, off) }
+}
+
+func TestAFullDiskLosesNothingAndWorksAgainWhenThereIsRoom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := open(t, storePath(t), nil)
+		full, room := false, false
+		brokenDisk(e, func(write func([]byte, int64) (int, error), b []byte, off int64) (int, error) {
+			if full {
+				return 0, &fs.PathError{Op: "write", Path: "keys.db", Err: fullDisk}
+			}
+			return write(b, off)
+		})
+		var p processor
+		m := register(t, e, three(func(ctx context.Context, token string, s *transfer) error {
+			full = !room
+			return p.pay(ctx, token, s)
+		})...)
+		if _, err := m.Do(ctx, ada, request); !errors.Is(err, ErrStorageFull) {
+			t.Fatalf("got %v", err)
+		}
+		if _, err := m.Do(ctx, Key{ID: "new"}, request); !errors.Is(err, ErrStorageFull) {
+			t.Errorf("got %v", err)
+		}
+		if r := record(t, e, ada); r.Point != "funds_reserved" {
+			t.Errorf("%+v", r)
+		}
+		full, room = false, true
+		if err := e.Resume(ctx); err != nil {
+			t.Fatal(err)
+		}
+		answer, err := m.Do(ctx, ada, request)
+		if err != nil || len(p.tokens()) != 1 || answer.Payout != "po_"+p.tokens()[0][:8] || notes(t, e, "reserved") != 1 {
+			t.Errorf("%+v, %v", answer, err)
+		}
+		checkStore(t, e)
+	})
+}
+
+func TestAFailedSyncLeavesTheOutcomeUnknownAndStopsTheEngine(t *testing.T) {
+	for _, page := range []string{"data", "meta"} {
+		t.Run(page, func(t *testing.T) {
+			path := storePath(t)
+			e := open(t, path, nil)
+			m := register(t, e, three(nil)...)
+			if _, err := m.Do(ctx, ada, request); err != nil {
+				t.Fatal(err)
+			}
+			store := e.store.(*boltStore)
+			brokenDisk(e, func(write func([]byte, int64) (int, error), b []byte, off int64) (int, error) {
+				if isMeta := off < 2*int64(os.Getpagesize()); isMeta == (page == "meta") {
+					unsyncable(t, store.file)
+				}
+				return len(b), nil
+			})
+			if _, err := m.Do(ctx, Key{ID: "2"}, request); !errors.Is(err, ErrOutcomeUnknown) {
+				t.Errorf("got %v", err)
+			}
+			for _, key := range []Key{ada, {ID: "3"}} {
+				if _, err := m.Do(ctx, key, request); !errors.Is(err, ErrOutcomeUnknown) {
+					t.Errorf("%s: got %v", key, err)
+				}
+			}
+		})
+	}
+}
+
+func TestASoftLimitRefusesNewKeysAndLetsOldOnesEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := open(t, storePath(t), &Options{MaxBytes: 60 << 10})
+		down := true
+		phases := three(func(context.Context, string, *transfer) error {
+			if down {
+				return errDown
+			}
+			return nil
+		})
+		phases[1].Retry = RetryPolicy{InRun: -1, Initial: time.Hour, Max: time.Hour}
+		m := register(t, e, phases...)
+		var err error
+		n := 0
+		for ; n < 1000; n++ {
+			if _, err = m.Do(ctx, Key{ID: fmt.Sprint(n)}, request); !errors.Is(err, errDown) {
+				break
+			}
+			time.Sleep(2 * time.Second)
+		}
+		if !errors.Is(err, ErrStorageFull) || n < 10 {
+			t.Fatalf("after %d keys: %v", n, err)
+		}
+		down = false
+		if err := e.Resume(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if stats, _ := e.Stats(ctx); stats.Finished != uint64(n) {
+			t.Errorf("%+v of %d", stats, n)
+		}
+	})
+}
+
+func TestAStoreIsOpenOnce(t *testing.T) {
+	path := storePath(t)
+	open(t, path, nil)
+	start := time.Now()
+	if _, err := Open(path, &Options{LockTimeout: time.Millisecond}); !errors.Is(err, ErrLocked) {
+		t.Errorf("got %v after %v", err, time.Since(start))
+	}
+	if err := Verify(path); !errors.Is(err, ErrLocked) {
+		t.Errorf("verify: %v", err)
+	}
+	db, err := bbolt.Open(storePath(t), 0o600, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	for range 2 {
+		e, err := New(Bolt(db), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := New(Bolt(db), nil); !errors.Is(err, ErrLocked) {
+			t.Errorf("two engines on one database: %v", err)
+		}
+		if err := e.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestWhatIsNoStoreIsRefusedAndLeftAsItIs(t *testing.T) {
+	dir := t.TempDir()
+	foreign := filepath.Join(dir, "foreign.db")
+	db, err := bbolt.Open(foreign, 0o600, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	db.Close()
+	for name, content := range map[string][]byte{
+		"empty.db": {}, "text.db": []byte("dear diary"), "zeros.db": make([]byte, 1<<16), "long.db": bytes.Repeat([]byte("money "), 1<<14),
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Mkdir(filepath.Join(dir, "dir.db"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	entries, _ := os.ReadDir(dir)
+	for _, entry := range entries {
+		path := filepath.Join(dir, entry.Name())
+		before, _ := os.ReadFile(path)
+		for what, err := range map[string]error{"open": openAndClose(path), "verify": Verify(path)} {
+			if !errors.Is(err, ErrNotAStore) {
+				t.Errorf("%s %s: got %v", what, entry.Name(), err)
+			}
+		}
+		if after, _ := os.ReadFile(path); !bytes.Equal(before, after) {
+			t.Errorf("%s was touched", entry.Name())
+		}
+	}
+	if err := openAndClose(filepath.Join(dir, "nowhere", "keys.db")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a directory that does not exist: %v", err)
+	}
+	if err := Verify(filepath.Join(dir, "nothing.db")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("verify nothing: %v", err)
+	}
+}
+
+func openAndClose(path string) error {
+	e, err := Open(path, &Options{Logger: quiet})
+	if err != nil {
+		return err
+	}
+	return e.Close()
+}
+
+// filled makes a store with a hundred finished keys and one interrupted one.
+func filled(t testing.TB) string {
+	t.Helper()
+	path := storePath(t)
+	e := open(t, path, nil)
+	phases := three(func(_ context.Context, _ string, s *transfer) error {
+		if s.From == "eve" {
+			return errDown
+		}
+		return nil
+	})
+	phases[1].Retry = RetryPolicy{InRun: -1, Initial: time.Hour, Max: time.Hour}
+	m := register(t, e, phases...)
+	for i := range 100 {
+		if _, err := m.Do(ctx, Key{"ada", fmt.Sprint(i)}, request); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := m.Do(ctx, Key{"eve", "1"}, transfer{From: "eve"}); !errors.Is(err, errDown) {
+		t.Fatal(err)
+	}
+	if err := e.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+var (
+	damageStep = flag.Int("damage-step", 401, "bytes between two flipped bits in the test of damaged files")
+	damageSeed = flag.Int("damage-seed", 0, "where the test of damaged files begins")
+)
+
+func TestADamagedFileIsNamedAndNeverHalfBelieved(t *testing.T) {
+	sound, err := os.ReadFile(filled(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := storePath(t)
+	try := func(what string, content []byte) {
+		t.Helper()
+		if err := os.WriteFile(path, content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		e, err := Open(path, &Options{Logger: quiet})
+		switch {
+		case err == nil:
+			intact(t, what, e)
+			if err := e.Close(); err != nil {
+				t.Errorf("%s: close: %v", what, err)
+			}
+		case !errors.Is(err, ErrCorrupt) && !errors.Is(err, ErrNotAStore):
+			t.Errorf("%s: got %v", what, err)
+		}
+	}
+	for cut := 0; cut < len(sound); cut += 2039 {
+		try(fmt.Sprint("cut at ", cut), sound[:cut])
+	}
+	for at := *damageSeed % *damageStep; at < len(sound); at += *damageStep {
+		damaged := bytes.Clone(sound)
+		damaged[at] ^= 1 << (at % 8)
+		try(fmt.Sprint("bit flipped at ", at), damaged)
+	}
+}
+
+// intact checks that a store which was opened without complaint has all that filled has put into it.
+func intact(t *testing.T, what string, e *Engine[*bbolt.Tx]) {
+	t.Helper()
+	for i := range 100 {
+		r, err := e.Key(ctx, Key{"ada", fmt.Sprint(i)})
+		if err != nil || r.Status != Answered {
+			t.Errorf("%s: ada/%d: %v, %s", what, i, err, r.Status)
+			return
+		}
+	}
+	if r, err := e.Key(ctx, Key{"eve", "1"}); err != nil || r.Status != Waiting {
+		t.Errorf("%s: eve: %v, %s", what, err, r.Status)
+	}
+}
+
+func TestAFileThatIsMovedAwayStopsTheEngine(t *testing.T) {
+	path := storePath(t)
+	e := open(t, path, nil)
+	m := register(t, e, three(nil)...)
+	if _, err := m.Do(ctx, ada, request); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(path, path+".moved"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.Do(ctx, Key{ID: "2"}, request); !errors.Is(err, ErrMoved) {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestABackupIsAStoreAndSoIsACompactedOne(t *testing.T) {
+	path := filled(t)
+	backup := filepath.Join(t.TempDir(), "backup.db")
+	f, err := os.Create(backup)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := open(t, path, nil)
+	if n, err := Backup(ctx, e, f); err != nil || n == 0 {
+		t.Fatal(n, err)
+	}
+	if err := errors.Join(f.Close(), e.Close()); err != nil {
+		t.Fatal(err)
+	}
+	compacted := filepath.Join(t.TempDir(), "compacted.db")
+	if err := Compact(path, compacted); err != nil {
+		t.Fatal(err)
+	}
+	if err := Compact(path, compacted); !errors.Is(err, fs.ErrExist) {
+		t.Errorf("a file was replaced: %v", err)
+	}
+	for _, p := range []string{path, backup, compacted} {
+		if err := Verify(p); err != nil {
+			t.Errorf("%s: %v", p, err)
+		}
+		intact(t, p, open(t, p, nil))
+	}
+	was, _ := os.Stat(path)
+	is, _ := os.Stat(compacted)
+	if is.Size() > was.Size() {
+		t.Errorf("compacted from %d to %d bytes", was.Size(), is.Size())
+	}
+}
+
+// The fixture was written by the release whose format it bears, and stays as it is for ever.
+const fixture = "testdata/format-1.db"
+
+func TestEveryFormatEverWrittenIsRead(t *testing.T) {
+	if *update {
+		if _, err := os.Stat(fixture); errors.Is(err, fs.ErrNotExist) {
+			if err := Compact(filled(t), fixture); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	b, err := os.ReadFile(fixture)
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := storePath(t)
+	if err := os.WriteFile(path, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := Verify(path); err != nil {
+		t.Fatal(err)
+	}
+	e := open(t, path, nil)
+	intact(t, fixture, e)
+	m := register(t, e, three(nil)...)
+	if answer, err := m.Do(ctx, Key{"ada", "7"}, request); err != nil || answer.Cents != 500 {
+		t.Errorf("replay: %+v, %v", answer, err)
+	}
+	if _, err := m.Do(ctx, Key{"eve", "1"}, transfer{From: "eve"}); err != nil {
+		t.Errorf("resume: %v", err)
+	}
+}
+
+func FuzzOpen(f *testing.F) {
+	sound, err := os.ReadFile(fixture)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(uint32(0), []byte{}, uint32(len(sound)))
+	f.Add(uint32(80), []byte{1}, uint32(len(sound)))
+	f.Add(uint32(4096*3), bytes.Repeat([]byte{0}, 16), uint32(len(sound)))
+	f.Add(uint32(0), []byte{}, uint32(len(sound)/2))
+	f.Fuzz(func(t *testing.T, at uint32, patch []byte, size uint32) {
+		damaged := bytes.Clone(sound)
+		copy(damaged[int(at)%len(damaged):], patch)
+		damaged = damaged[:min(int(size), len(damaged))]
+		path := storePath(t)
+		if err := os.WriteFile(path, damaged, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		err := openAndClose(path)
+		if err != nil && !errors.Is(err, ErrCorrupt) && !errors.Is(err, ErrNotAStore) {
+			t.Fatal(err)
+		}
+	})
+}
