@@ -176,8 +176,8 @@ func (c *committer) stop() bool {
 	if first && c.started {
 		c.nudge()
 		<-c.ended
-		c.turn.Lock() // a member that commits alone has no part in the line
-		c.turn.Unlock()
+		c.turn.Lock() // till a member that commits alone, outside the line, has ended
+		defer c.turn.Unlock()
 	}
 	return first
 }

@@ -218,7 +218,6 @@ type landmark struct {
 	to         RecoveryPoint
 	effect     bool
 	commit     bool
-	mayRefuse  bool
 	atMostOnce bool
 }
 
