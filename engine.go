@@ -285,12 +285,20 @@ func (e *Engine[Tx]) joinLocked(m *machine[Tx], key Key, print [16]byte) (*run, 
 	case r == nil:
 		return nil, nil
 	case r.machine != m.name || !e.rules.same(r.print, print):
-		return nil, fmt.Errorf("%w: %s", ErrMismatch, key)
+		select {
+		case <-r.claimed:
+			return nil, fmt.Errorf("%w: %s", ErrMismatch, key)
+		default: // it may turn out not to own the key
+			return r, errContested
+		}
 	case e.opts.RefuseInFlight:
 		return nil, fmt.Errorf("%w: %s", ErrInProgress, key)
 	}
 	return r, nil
 }
+
+// errContested says that a run with another request is on its way to claim the key.
+var errContested = errors.New("keystate: the key is contested")
 
 // enroll makes a run for a key, or joins the one that has been made meanwhile: at most one is under way.
 func (e *Engine[Tx]) enroll(m *machine[Tx], key Key, print [16]byte, slot bool) (r *run, mine bool, err error) {
@@ -313,10 +321,11 @@ func (e *Engine[Tx]) dismiss(r *run) {
 	e.mu.Lock()
 	delete(e.runs, r.key)
 	switch {
-	case r.record.Status == Waiting:
-		e.queueLocked(r.record)
-	case errors.Is(r.err, ErrStorageFull) && r.record.Version > 0:
+	case r.record.Version == 0 || lasting(r.broken): // there is no key, or it is not ours to carry on
+	case r.broken != nil:
 		r.record.Due = now().Add(storagePause)
+		e.queueLocked(r.record)
+	case r.record.Status == Waiting:
 		e.queueLocked(r.record)
 	}
 	if r.record.Status == Answered && !r.replayed {

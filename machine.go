@@ -72,6 +72,11 @@ func (m *machine[Tx]) next(r Record) (i int, stale bool, err error) {
 	if !known {
 		return 0, false, fmt.Errorf("machine %q names no point %q", m.name, r.Point)
 	}
+	for _, p := range r.History {
+		if m.position[p.Point] > i {
+			return 0, false, fmt.Errorf("machine %q puts the point %q before %q, which was reached already", m.name, r.Point, p.Point)
+		}
+	}
 	if r.Begun == "" {
 		return i, false, nil
 	}

@@ -54,6 +54,7 @@ type Phase[Tx, S any] struct {
 	// Formerly lists the names that To had in earlier releases, and the points of removed phases that now count as To. A
 	// stored key that rests on one of them goes on from here. A key whose effect is under way while a deploy inserts
 	// a phase before it goes on with that effect, under the same token, and passes the inserted phase over.
+	// Do not list a removed phase's point here while keys may have its effect under way: they would take this phase for it.
 	Formerly []RecoveryPoint
 }
 

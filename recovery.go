@@ -15,6 +15,16 @@ import (
 
 const storagePause = time.Second // until a key is tried again for which there was no room
 
+// lasting says whether an error broke a run off for good, as far as this engine goes.
+func lasting(err error) bool {
+	for _, sentinel := range []error{ErrFenced, ErrClosed, ErrMoved, ErrOutcomeUnknown, ErrCorrupt, ErrNotFound, ErrMismatch, errIllegal} {
+		if errors.Is(err, sentinel) {
+			return true
+		}
+	}
+	return false
+}
+
 // A dueQueue holds the keys that the engine takes up by itself, the earliest first.
 type dueQueue struct {
 	items []*dueKey
@@ -118,7 +128,9 @@ func (e *Engine[Tx]) adopt(m *machine[Tx]) error {
 func (e *Engine[Tx]) survey(m *machine[Tx]) (unfinished, stranded []Record, err error) {
 	e.pages(e.ctx, unfinishedPage, func(r Record, fault error) bool {
 		_, _, gone := m.next(r)
-		r.State, r.History = nil, nil // there may be many
+		if r.State = nil; gone == nil {
+			r.History = nil // there may be many
+		}
 		switch {
 		case fault != nil:
 			err = fault

@@ -20,6 +20,7 @@ type run struct {
 	done     chan struct{} // closed when the run has ended; then record and err stay as they are
 	record   Record        // as last committed
 	err      error         // why the run ended short of an answer
+	broken   error         // what broke it off, if it was not a phase
 }
 
 var closedChan = func() chan struct{} {
@@ -30,6 +31,21 @@ var closedChan = func() chan struct{} {
 
 // start finds the answer of a key, joins its run, or begins one.
 func (m *machine[Tx]) start(ctx context.Context, key Key, print [16]byte, request []byte) (*run, error) {
+	for {
+		r, err := m.tryStart(ctx, key, print, request)
+		if !errors.Is(err, errContested) {
+			return r, err
+		}
+		select {
+		case <-r.claimed:
+		case <-r.done:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+func (m *machine[Tx]) tryStart(ctx context.Context, key Key, print [16]byte, request []byte) (*run, error) {
 	e := m.engine
 	if ctx.Value(inCommit{}) != nil {
 		return nil, fmt.Errorf("%w: %s", ErrInCommit, key)
@@ -137,7 +153,7 @@ func (j *journey[Tx]) walk(step func() error) {
 // end tells everybody who waits what became of the run.
 func (j *journey[Tx]) end(err error) {
 	r := j.shared
-	r.record = j.record
+	r.record, r.broken = j.record, err
 	switch {
 	case err != nil && j.record.Version > 0 && j.record.Status != Answered:
 		r.err = j.stopped(j.record, err)
@@ -162,13 +178,10 @@ func (r *run) announce() {
 
 // setOut claims the key: a new one together with its first phases, or one that rests somewhere.
 func (j *journey[Tx]) setOut(request []byte) error {
-	if request != nil {
-		err := j.commit(leg{request: request, state: request, stop: len(j.phases)})
-		if !errors.Is(err, errExists) {
-			return err
-		}
+	if request == nil {
+		return j.takeUp()
 	}
-	return j.takeUp()
+	return j.commit(leg{request: request, state: request, stop: len(j.phases)})
 }
 
 // errExists breaks off the making of a record that is there already.
@@ -214,7 +227,7 @@ func (j *journey[Tx]) takeUp() error {
 		j.tell(parked)
 		return nil
 	}
-	j.engine.observe(j.engine.observer.Claimed, j.event())
+	j.observe(j.engine.observer.Claimed, nil)
 	return nil
 }
 
@@ -224,21 +237,24 @@ var errSettled = errors.New("keystate: nothing to resume")
 // resumption is what happens to a key that is taken up: it is claimed, or parked for a reason.
 func (j *journey[Tx]) resumption(r Record) ([]event, error) {
 	at := now()
+	events := []event{{kind: claim, at: at, epoch: j.engine.epoch}} // first: a fenced holder must not park a key either
+	parked := func(reason ParkReason, err error) ([]event, error) {
+		return append(events, event{kind: park, at: at, reason: reason, err: err.Error()}), err
+	}
 	next, stale, err := j.next(r)
 	if err != nil {
-		return []event{{kind: park, at: at, reason: UnknownPoint, err: err.Error()}}, err
+		return parked(UnknownPoint, err)
 	}
 	if err := decodeState(r.State, j.fresh()); err != nil {
-		return []event{{kind: park, at: at, reason: Undecodable, err: err.Error()}}, err
+		return parked(Undecodable, err)
 	}
 	if !stale && j.phases[next].retry.usedUp(r.Attempts) {
 		err := errors.New(r.LastError)
 		if r.LastError == "" {
 			err = errors.New("the process ended during every attempt")
 		}
-		return []event{{kind: park, at: at, reason: AttemptsUsedUp, err: err.Error()}}, err
+		return parked(AttemptsUsedUp, err)
 	}
-	events := []event{{kind: claim, at: at, epoch: j.engine.epoch}}
 	if present := j.point(r.Point); present != r.Point {
 		events = append(events, event{kind: rename, at: at, point: present})
 	}
@@ -419,24 +435,24 @@ func (j *journey[Tx]) turn(r Record) {
 
 // tell reports how a key went on after an attempt that did not succeed.
 func (j *journey[Tx]) tell(err error) {
-	ev := j.event()
-	ev.Err = err
 	o := &j.engine.observer
 	switch j.record.Status {
 	case Running, Waiting:
 		if err != nil {
-			j.engine.observe(o.Retried, ev)
+			j.observe(o.Retried, err)
 		}
 	case Parked:
-		j.engine.log.Warn("keystate: key parked", "key", ev.Key, "machine", ev.Machine, "before", j.before(j.record), "reason", j.record.ParkReason, "error", err)
-		j.engine.observe(o.Parked, ev)
+		j.engine.log.Warn("keystate: key parked", "key", j.shared.key, "machine", j.name, "before", j.before(j.record), "reason", j.record.ParkReason, "error", err)
+		j.observe(o.Parked, err)
 	case Answered:
-		j.engine.observe(o.Finished, ev)
+		j.observe(o.Finished, err)
 	}
 }
 
-func (j *journey[Tx]) event() Event {
-	return Event{Key: j.shared.key, Machine: j.name, Point: j.record.Point, Attempt: j.record.Attempts}
+func (j *journey[Tx]) observe(f func(Event), err error) {
+	if f != nil {
+		f(Event{Key: j.shared.key, Machine: j.name, Point: j.record.Point, Attempt: j.record.Attempts, Err: err})
+	}
 }
 
 // A leg is what is committed in one transaction: an effect's result, or the claim of a new key, and all
@@ -470,11 +486,15 @@ func (j *journey[Tx]) commit(l leg) error {
 		began := time.Now()
 		j.onExit = func() error { return j.commit(j.amend(l, t.failure(errGoexit))) }
 		err := j.engine.store.Update(context.Background(), t.transact)
+		if err == nil {
+			j.arrive(&t, time.Since(began))
+			return nil
+		}
+		if errors.Is(err, errExists) {
+			return j.takeUp()
+		}
 		failed := t.failure(err)
 		if failed == nil {
-			if err == nil {
-				j.arrive(&t, time.Since(began))
-			}
 			return err
 		}
 		l = j.amend(l, failed)
@@ -606,8 +626,6 @@ func (t *trip[Tx]) arrivals(end int, state []byte) []event {
 func (t *trip[Tx]) failure(err error) *phaseFailure {
 	var failed *phaseFailure
 	switch {
-	case err == nil:
-		return nil
 	case errors.As(err, &failed):
 		return failed
 	case t.at >= 0: // it never came back: runtime.Goexit

@@ -25,6 +25,12 @@ var (
 
 	// ErrDamaged: the file is a bbolt file, but what it holds contradicts itself.
 	ErrDamaged = errors.New("damaged bbolt file")
+
+	// ErrLeaked: all that is used is sound, but some pages are neither used nor free. They
+	// are lost until the file is compacted, no more: bbolt 1.5.0 itself leaks the buckets
+	// nested in one that is deleted in the transaction that also wrote to it. But a bucket
+	// or a freelist that has lost an entry looks the same.
+	ErrLeaked = errors.New("bbolt file with leaked pages")
 )
 
 const (
@@ -213,7 +219,7 @@ func readFull(r io.ReaderAt, b []byte, offset int64) error {
 	switch {
 	case n == len(b):
 		return nil
-	case err == nil || err == io.EOF:
+	case err == io.EOF:
 		err = io.ErrUnexpectedEOF
 	}
 	return fmt.Errorf("read %d bytes at %d: %w", len(b), offset, err)

@@ -20,9 +20,6 @@ const (
 
 	maxKeySize = 32 << 10 // documented by bbolt for keys and bucket names
 
-	// maxUnsplit is how many elements bbolt leaves on a page although they outgrow it.
-	maxUnsplit = 4
-
 	// maxPath is how many pages there may be on the way from the root bucket's page to any
 	// other, through all buckets on that way. It bounds the checker's memory: a page each,
 	// at most 32 MiB. A tree in a healthy file has fewer than ten levels.
@@ -31,13 +28,14 @@ const (
 
 // Check checks the structure below the header: the freelist, the root bucket's tree, and
 // every bucket for which visit returns true, given its names from the top. Path is valid
-// only during the call. A nil visit means every bucket; then, too, every page below the
-// high water mark must be used once or free once.
+// only during the call. A nil visit means every bucket; then every page below the high
+// water mark must be used or free, or else the error is ErrLeaked.
 //
 // When the freelist was not written, Check visits all buckets whatever visit says: opening
 // such a file, bbolt walks all of them in a goroutine whose panic nobody can recover.
 //
-// Its errors are ErrDamaged, or the reader's, or say that buckets are nested too deep.
+// Its other errors are ErrDamaged, the reader's, and one saying that buckets are nested too
+// deep to be checked.
 func Check(r io.ReaderAt, size int64, h Header, visit func(path [][]byte) bool) error {
 	if err := h.check(h.TxID%2, size); err != nil {
 		return err
@@ -81,7 +79,8 @@ type page struct {
 	count    int
 	overflow uint64
 	inline   bool   // lies in a bucket's value, which lies on page id
-	head     []byte // all of the first page, which always holds the elements
+	head     []byte // the first page; it holds all elements but their keys and values, for
+	// bbolt splits what outgrows a page unless it has four elements or fewer
 }
 
 func parsePage(head []byte) page {
@@ -258,12 +257,8 @@ func (c *checker) scan(p page, first, limit []byte) error {
 	if limit != nil && bytes.Compare(last, limit) >= 0 {
 		return damaged(p.id, "last key is not below the next in its branch")
 	}
-	n := uint64(len(p.head))
-	switch {
-	case p.overflow != (end-1)/n && p.overflow != end/n: // the latter is boltdb/bolt's
+	if n := uint64(len(p.head)); p.overflow != (end-1)/n && p.overflow != end/n { // the latter is boltdb/bolt's
 		return damaged(p.id, "%d bytes on 1+%d pages", end, p.overflow)
-	case p.count > maxUnsplit && end > n:
-		return damaged(p.id, "%d elements on 1+%d pages", p.count, p.overflow)
 	}
 	return nil
 }
@@ -282,7 +277,7 @@ func (c *checker) freelist() error {
 	if count == 0xFFFF { // too many for the header, so the first element tells
 		count, at = native.Uint64(p.head[at:]), at+8
 	}
-	if count > c.HighWater || at+8*count > p.size() {
+	if count < uint64(p.count) || count > c.HighWater || at+8*count > p.size() {
 		return damaged(p.id, "%d free pages on 1+%d pages", count, p.overflow)
 	}
 	// The run was measured when the pages that it takes could still be among the free ones.
@@ -363,12 +358,18 @@ func (c *checker) claim(id, overflow uint64) error {
 	return nil
 }
 
-// unclaimed finds a page that is neither used nor free.
+// unclaimed finds the pages that are neither used nor free.
 func (c *checker) unclaimed() error {
+	var first, count uint64
 	for id := range c.HighWater {
 		if c.claimed[id/64]&(1<<(id%64)) == 0 {
-			return damaged(id, "neither used nor free")
+			if count++; count == 1 {
+				first = id
+			}
 		}
+	}
+	if count > 0 {
+		return fmt.Errorf("%w: page %d and %d more are neither used nor free", ErrLeaked, first, count-1)
 	}
 	return nil
 }
