@@ -4,15 +4,18 @@ import (
 	"cmp"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/vmihailenco/msgpack/v5"
 	"go.etcd.io/bbolt"
 )
@@ -377,4 +380,278 @@ func benchDir(b *testing.B) string {
 		return d
 	}
 	return b.TempDir()
+}
+
+// BenchmarkFailingMembers measures what it costs a group that one in ten of its members fails its commit, against none failing.
+//
+//	go test -run '^$' -bench FailingMembers -benchtime 1x .
+func BenchmarkFailingMembers(b *testing.B) {
+	const callers, slice = 64, 700 * time.Millisecond
+	refuse := errors.New("refused")
+	phases := slices.Clone(orderPhases)
+	commit := phases[2].Commit
+	var n atomic.Int64
+	failing := atomic.Bool{}
+	phases[2].OnError = Fail
+	phases[2].Commit = func(ctx context.Context, tx *bbolt.Tx, s *order) error {
+		if failing.Load() && s.Cents%10 == 0 {
+			return refuse
+		}
+		return commit(ctx, tx, s)
+	}
+	e := newEngineContender(b, filepath.Join(benchDir(b), "engine.db"), Options{})
+	defer e.close()
+	m, err := Register(e.engine, "failing", phases)
+	if err != nil {
+		b.Fatal(err)
+	}
+	c := contenderFunc(func(id string) error {
+		_, err := m.Do(context.Background(), Key{Scope: "bench", ID: id}, order{Account: id, Cents: n.Add(1)})
+		var final *FinalError
+		if errors.As(err, &final) {
+			return nil
+		}
+		return err
+	})
+	throughput(b, c, callers, slice)
+	var ratio []float64
+	for range 5 * b.N {
+		failing.Store(false)
+		sound := throughput(b, c, callers, slice)
+		failing.Store(true)
+		ratio = append(ratio, 100*throughput(b, c, callers, slice)/sound)
+	}
+	b.ReportMetric(0, "ns/op")
+	b.ReportMetric(median(ratio), "%-of-none-failing")
+}
+
+type contenderFunc func(id string) error
+
+func (f contenderFunc) request(id string) error { return f(id) }
+func (f contenderFunc) close() error            { return nil }
+
+// BenchmarkReplay measures the replay of a finished key beside a bare View and Get of the same bytes.
+//
+//	go test -run '^$' -bench Replay -benchtime 2s .
+func BenchmarkReplay(b *testing.B) {
+	const keys = 10_000
+	path := filepath.Join(benchDir(b), "engine.db")
+	e := newEngineContender(b, path, Options{})
+	ids := fill(b, e, keys)
+	sequences := make([][]byte, keys)
+	for i, id := range ids {
+		r, err := e.engine.Key(context.Background(), Key{Scope: "bench", ID: id})
+		if err != nil {
+			b.Fatal(err)
+		}
+		sequences[i] = sequenceKey(r.Sequence)
+	}
+	b.Run("bare", func(b *testing.B) {
+		b.ReportAllocs()
+		db := e.engine.store.(*boltStore).db
+		for i := 0; b.Loop(); i++ {
+			err := db.View(func(tx *bbolt.Tx) error {
+				if v := tx.Bucket(bucketRoot).Bucket(bucketDone).Get(sequences[(i*7919)%keys]); len(v) == 0 {
+					return errors.New("not there")
+				}
+				return nil
+			})
+			if err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("replay", func(b *testing.B) {
+		b.ReportAllocs()
+		groups := e.groups.Load()
+		for i := 0; b.Loop(); i++ {
+			if err := e.request(ids[(i*7919)%keys]); err != nil {
+				b.Fatal(err)
+			}
+		}
+		if e.groups.Load() != groups {
+			b.Error("a replay wrote")
+		}
+	})
+	e.close()
+}
+
+// fill finishes so many keys, and returns their IDs.
+func fill(tb testing.TB, e *engineContender, keys int) []string {
+	tb.Helper()
+	ids := make([]string, keys)
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	for range 256 {
+		wg.Go(func() {
+			for i := next.Add(1) - 1; i < int64(keys); i = next.Add(1) - 1 {
+				ids[i] = NewID()
+				if err := e.request(ids[i]); err != nil {
+					tb.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	return ids
+}
+
+// BenchmarkRecovery measures how fast interrupted keys resume, against fresh requests at the same parallelism.
+//
+//	go test -run '^$' -bench Recovery -benchtime 1x -timeout 30m .
+func BenchmarkRecovery(b *testing.B) {
+	keys := 100_000
+	if testing.Short() {
+		keys = 2_000
+	}
+	const parallelism = 64
+	dir := benchDir(b)
+	path := filepath.Join(dir, "engine.db")
+	e := newEngineContender(b, path, Options{Parallelism: parallelism})
+	stageInterrupted(b, e.engine, keys)
+	if err := e.close(); err != nil {
+		b.Fatal(err)
+	}
+	before := time.Now()
+	e = newEngineContender(b, path, Options{Parallelism: parallelism})
+	opening := time.Since(before)
+	if err := e.engine.Resume(context.Background()); err != nil {
+		b.Fatal(err)
+	}
+	resumed := float64(keys) / time.Since(before).Seconds()
+	stats, err := e.engine.Stats(context.Background())
+	if err != nil || stats.Finished != uint64(keys) {
+		b.Fatalf("%+v, %v", stats, err)
+	}
+	fresh := throughput(b, e, parallelism, max(time.Second, time.Duration(float64(keys)/resumed/2*float64(time.Second))))
+	e.close()
+	b.ReportMetric(0, "ns/op")
+	b.ReportMetric(float64(stats.Finished), "resumed")
+	b.ReportMetric(resumed, "resumed/s")
+	b.ReportMetric(fresh/resumed, "fresh/resumed")
+	b.ReportMetric(opening.Seconds()*1000, "ms-Open+Register")
+}
+
+// stageInterrupted puts keys into the store as a crash leaves them whose effect was under way.
+func stageInterrupted(tb testing.TB, e *Engine[*bbolt.Tx], keys int) {
+	tb.Helper()
+	const perTransaction = 5000
+	for from := 0; from < keys; from += perTransaction {
+		err := e.store.Update(context.Background(), func(tx *bbolt.Tx) error {
+			records := e.store.Keys(tx)
+			for range min(perTransaction, keys-from) {
+				id := NewID()
+				s, err := encodeState(&order{Account: id, Cents: 500}, 1<<20)
+				if err != nil {
+					return err
+				}
+				form, err := canonical(s)
+				if err != nil {
+					return err
+				}
+				r, err := Record{}.next(
+					event{kind: begin, at: now(), key: Key{Scope: "bench", ID: id}, machine: "order", epoch: e.epoch, state: s,
+						fingerprint: fingerprint("order", form), incarnation: newIncarnation()},
+					event{kind: reach, at: now(), point: "funds_reserved", state: s},
+					event{kind: try, at: now(), point: "payout_sent", sent: true})
+				if err != nil {
+					return err
+				}
+				if err := records.Put(&r); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			tb.Fatal(err)
+		}
+	}
+}
+
+// BenchmarkMillion measures an engine with a million finished keys in its file, whose IDs the clients drew at random, against one with an
+// empty file: its throughput under random IDs, the time to open it, and the memory it takes.
+//
+//	go test -run '^$' -bench Million -benchtime 1x -timeout 60m .
+func BenchmarkMillion(b *testing.B) {
+	keys := 1_000_000
+	if testing.Short() {
+		keys = 5_000
+	}
+	const callers, slice = 64, time.Second
+	dir := benchDir(b)
+	full := newEngineContender(b, filepath.Join(dir, "full.db"), Options{})
+	finishRandom(b, full.engine, keys)
+	opening := func() float64 {
+		path := full.engine.store.(*boltStore).path
+		if err := full.close(); err != nil {
+			b.Fatal(err)
+		}
+		before := time.Now()
+		full = newEngineContender(b, path, Options{})
+		return time.Since(before).Seconds() * 1000
+	}()
+	var rate, ratio []float64
+	for i := range 5 * b.N {
+		empty := newEngineContender(b, filepath.Join(dir, fmt.Sprintf("empty%d.db", i)), Options{})
+		one := throughput(b, randomIDs{empty}, callers, slice)
+		if err := empty.close(); err != nil {
+			b.Fatal(err)
+		}
+		many := throughput(b, randomIDs{full}, callers, slice)
+		rate, ratio = append(rate, many), append(ratio, 100*many/one)
+	}
+	runtime.GC()
+	var mem runtime.MemStats
+	runtime.ReadMemStats(&mem)
+	stats, err := full.engine.Stats(context.Background())
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.ReportMetric(0, "ns/op")
+	b.ReportMetric(median(rate), "req/s")
+	b.ReportMetric(median(ratio), "%-of-empty")
+	b.ReportMetric(opening, "ms-Open+Register")
+	b.ReportMetric(float64(mem.HeapInuse)/(1<<20), "MiB-heap")
+	b.ReportMetric(float64(stats.Bytes)/float64(stats.Finished), "bytes/key")
+	full.close()
+}
+
+// randomIDs makes requests as clients do that draw their keys at random: UUIDv4.
+type randomIDs struct{ *engineContender }
+
+func (c randomIDs) request(string) error { return c.engineContender.request(uuid.NewString()) }
+
+// finishRandom puts finished keys with random IDs into the store.
+func finishRandom(tb testing.TB, e *Engine[*bbolt.Tx], keys int) {
+	tb.Helper()
+	const perTransaction = 20_000
+	for from := 0; from < keys; from += perTransaction {
+		err := e.store.Update(context.Background(), func(tx *bbolt.Tx) error {
+			records := e.store.Keys(tx)
+			for range min(perTransaction, keys-from) {
+				id := uuid.NewString()
+				s, err := encodeState(&order{Account: id, Cents: 500, Payout: "12345678", Receipt: receipt}, 1<<20)
+				if err != nil {
+					return err
+				}
+				at := now()
+				r, err := Record{}.next(
+					event{kind: begin, at: at, key: Key{Scope: "bench", ID: id}, machine: "order", epoch: e.epoch, state: s, incarnation: newIncarnation()},
+					event{kind: reach, at: at, point: "funds_reserved", state: s},
+					event{kind: reach, at: at, point: "payout_sent", state: s},
+					event{kind: reach, at: at, point: Finished, state: s})
+				if err != nil {
+					return err
+				}
+				if err := records.Put(&r); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			tb.Fatal(err)
+		}
+	}
 }

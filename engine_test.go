@@ -794,6 +794,45 @@ func TestADeployThatWouldStrandAKeyFailsAtRegister(t *testing.T) {
 	})
 }
 
+func TestADeployDoesNotChangeTheTokenOfAnEffectThatIsUnderWay(t *testing.T) {
+	renamed := func(phases []transferPhase) []transferPhase {
+		phases[1].To, phases[1].Formerly = "money_sent", []RecoveryPoint{"payout_sent"}
+		return phases
+	}
+	inserted := func(phases []transferPhase) []transferPhase {
+		return slices.Insert(phases, 1, transferPhase{To: "limits_checked", Commit: note("checked")})
+	}
+	for name, deploy := range map[string]func([]transferPhase) []transferPhase{"renamed": renamed, "inserted": inserted} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				path, token := interrupted(t, asIs)
+				e := open(t, path, nil)
+				var p processor
+				m := register(t, e, deploy(three(p.pay))...)
+				if err := e.Resume(ctx); err != nil {
+					t.Fatal(err)
+				}
+				if got := p.tokens(); len(got) != 1 || got[0] != token || notes(t, e, "settled") != 1 || notes(t, e, "checked") != 0 {
+					t.Errorf("sent under %v, before the deploy under %s", got, token)
+				}
+				if _, err := m.Do(ctx, Key{"ada", "new"}, request); err != nil || name == "inserted" && notes(t, e, "checked") != 1 {
+					t.Errorf("a new key: %v", err)
+				}
+			})
+		})
+	}
+}
+
+func TestADeployThatDropsAPhaseWhoseEffectIsUnderWayIsRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		path, _ := interrupted(t, asIs)
+		e := open(t, path, nil)
+		if _, err := Register(e, "transfer", slices.Delete(three(nil), 1, 2)); err == nil || !strings.Contains(err.Error(), `"payout_sent"`) {
+			t.Errorf("got %v", err)
+		}
+	})
+}
+
 func TestAStateThatDoesNotDecodeParksItsKeyAndNoOther(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		path := storePath(t)

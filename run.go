@@ -196,10 +196,10 @@ func (j *journey[Tx]) takeUp() error {
 		if err != nil {
 			return err
 		}
-		j.record, parked = stored, nil
 		if !j.owns(stored, j.shared.print) {
 			return fmt.Errorf("%w: %s", ErrMismatch, stored.Key)
 		}
+		j.record, parked = stored, nil
 		if stored.Status == Answered || stored.Status == Parked {
 			return errSettled
 		}

@@ -140,26 +140,25 @@ func (c *checker) branch(p page, first, limit []byte) (levels int, err error) {
 	if p.count == 0 {
 		return 0, damaged(p.id, "branch without elements")
 	}
+	key, err := c.key(p, 0)
+	if err != nil {
+		return 0, err
+	}
 	for i := range p.count {
-		e, next := p.element(i), limit
-		key, err := c.bytes(p, e.key, e.value)
-		if err != nil {
-			return 0, err
-		}
+		next := limit
 		if i+1 < p.count {
-			e := p.element(i + 1)
-			if next, err = c.bytes(p, e.key, e.value); err != nil {
+			if next, err = c.key(p, i+1); err != nil {
 				return 0, err
 			}
 		}
-		n, err := c.tree(e.child, key, next)
+		n, err := c.tree(p.element(i).child, key, next)
 		switch {
 		case err != nil:
 			return 0, err
 		case i > 0 && n != levels:
 			return 0, damaged(p.id, "child %d has %d levels, those before it %d", i, n, levels)
 		}
-		levels = n
+		key, levels = next, n
 	}
 	return levels + 1, nil
 }
@@ -243,7 +242,7 @@ func (c *checker) scan(p page, first, limit []byte) error {
 		case n == 0 || n > maxKeySize:
 			return damaged(p.id, "element %d has a key of %d bytes", i, n)
 		}
-		key, err := c.bytes(p, e.key, e.value)
+		key, err := c.key(p, i)
 		switch {
 		case err != nil:
 			return err
@@ -257,7 +256,8 @@ func (c *checker) scan(p page, first, limit []byte) error {
 	if limit != nil && bytes.Compare(last, limit) >= 0 {
 		return damaged(p.id, "last key is not below the next in its branch")
 	}
-	if n := uint64(len(p.head)); p.overflow != (end-1)/n && p.overflow != end/n { // the latter is boltdb/bolt's
+	// The run is as long as it must be; boltdb/bolt took a page more where end fills the last.
+	if n := uint64(len(p.head)); p.overflow != (end-1)/n && p.overflow != end/n {
 		return damaged(p.id, "%d bytes on 1+%d pages", end, p.overflow)
 	}
 	return nil
@@ -342,6 +342,11 @@ func (c *checker) bytes(p page, from, to uint64) ([]byte, error) {
 	}
 	b := make([]byte, to-from)
 	return b, readFull(c.r, b, int64(p.id*uint64(c.PageSize)+from))
+}
+
+func (c *checker) key(p page, i int) ([]byte, error) {
+	e := p.element(i)
+	return c.bytes(p, e.key, e.value)
 }
 
 // claim notes that a page and the overflow pages after it are used or free.

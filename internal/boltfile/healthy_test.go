@@ -443,7 +443,7 @@ func randomTx(choose func(n int) int, actions int) func(*bbolt.Tx) error {
 				b = nested
 			}
 			b.FillPercent = []float64{0.1, 0.5, 0.95, 1}[choose(4)]
-			keySize, valueSize := oneOf(4, 4, 8, 40, 300, 1500), oneOf(0, 8, 40, 100, 600, 3000)
+			keySize, valueSize := oneOf(4, 8, 8, 40, 40, 40, 300, 1500), oneOf(0, 8, 40, 100, 600, 3000)
 			first, n := choose(400), oneOf(1, 1, 5, 20, 60)
 			var err error
 			kinds := 7
