@@ -545,13 +545,13 @@ func stageInterrupted(tb testing.TB, e *Engine[*bbolt.Tx], keys int) {
 				if err != nil {
 					return err
 				}
-				form, err := canonical(s)
+				print, err := fingerprint("order", s)
 				if err != nil {
 					return err
 				}
 				r, err := Record{}.next(
 					event{kind: begin, at: now(), key: Key{Scope: "bench", ID: id}, machine: "order", epoch: e.epoch, state: s,
-						fingerprint: fingerprint("order", form), incarnation: newIncarnation()},
+						fingerprint: print, incarnation: newIncarnation()},
 					event{kind: reach, at: now(), point: "funds_reserved", state: s},
 					event{kind: try, at: now(), point: "payout_sent", sent: true})
 				if err != nil {

@@ -227,6 +227,7 @@ type boltKeys struct {
 	id                      [16]byte
 	root, live, done, index *bbolt.Bucket
 	ledger                  ledger
+	reading                 bool // in a read transaction
 	changed                 bool
 	scratch                 []byte
 	arena                   []byte // what Put hands to bbolt, which keeps it until the commit
@@ -246,36 +247,46 @@ type found struct {
 func newBoltKeys(tx *bbolt.Tx, id [16]byte) (*boltKeys, error) {
 	k, err := newBoltReader(tx, id)
 	if err == nil {
-		err = k.openDone()
+		err = errors.Join(k.openLive(), k.openDone())
 	}
 	if err != nil {
 		return nil, err
 	}
+	k.reading = false
 	k.done.FillPercent = 0.95 // it is only ever appended to
 	return k, k.ledger.decode(k.root.Get(keyLedger))
 }
 
-// newBoltReader gives access to what is unfinished, and opens the rest when it is asked for.
+// newBoltReader gives access for reading; it opens what it is asked for.
 func newBoltReader(tx *bbolt.Tx, id [16]byte) (*boltKeys, error) {
-	k := &boltKeys{id: id, root: tx.Bucket(bucketRoot)}
+	k := &boltKeys{id: id, root: tx.Bucket(bucketRoot), reading: true}
 	if k.root == nil {
-		return nil, fmt.Errorf("%w: the bucket %q is gone", ErrCorrupt, bucketRoot)
-	}
-	if k.live = k.root.Bucket(bucketLive); k.live == nil {
-		return nil, fmt.Errorf("%w: the bucket %q is gone", ErrCorrupt, bucketLive)
+		return nil, missing(bucketRoot)
 	}
 	return k, nil
 }
 
-func (k *boltKeys) openDone() error {
-	if k.done != nil {
-		return nil
-	}
-	k.done, k.index = k.root.Bucket(bucketDone), k.root.Bucket(bucketIndex)
-	if k.done == nil || k.index == nil {
-		return fmt.Errorf("%w: the bucket %q or %q is gone", ErrCorrupt, bucketDone, bucketIndex)
+func (k *boltKeys) openLive() error {
+	if k.live == nil {
+		if k.live = k.root.Bucket(bucketLive); k.live == nil {
+			return missing(bucketLive)
+		}
 	}
 	return nil
+}
+
+func (k *boltKeys) openDone() error {
+	if k.done == nil {
+		k.done, k.index = k.root.Bucket(bucketDone), k.root.Bucket(bucketIndex)
+		if k.done == nil || k.index == nil {
+			return missing(bucketDone)
+		}
+	}
+	return nil
+}
+
+func missing(bucket []byte) error {
+	return fmt.Errorf("%w: the bucket %q, or one beside it, is gone", ErrCorrupt, bucket)
 }
 
 // Keys returns the records in tx: those of the group that is being committed, or a reader's own.
@@ -331,18 +342,30 @@ func (k *boltKeys) find(key Key) (*found, error) {
 		return k.last, nil
 	}
 	f := &found{key: key}
-	if f.frame = k.live.Get(k.liveKey(key)); f.frame == nil {
-		if err := k.findDone(f); err != nil {
-			return nil, err
-		}
+	first, second := k.findLive, k.findDone
+	if k.reading { // mostly for replays
+		first, second = second, first
 	}
-	if f.frame != nil {
-		if err := f.verify(); err != nil {
-			return nil, fmt.Errorf("%s: %w", key, err)
-		}
+	err := first(f)
+	if err == nil && f.frame == nil {
+		err = second(f)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", key, err)
 	}
 	k.last = f
 	return f, nil
+}
+
+// findLive looks a key up among the unfinished.
+func (k *boltKeys) findLive(f *found) error {
+	if err := k.openLive(); err != nil {
+		return err
+	}
+	if f.frame = k.live.Get(k.liveKey(f.key)); f.frame == nil {
+		return nil
+	}
+	return f.verify()
 }
 
 // verify checks that the frame is sound and the key's own, and reads its head.
@@ -374,7 +397,7 @@ func (k *boltKeys) findDone(f *found) error {
 		if h, err := peek(frame); err != nil {
 			return err
 		} else if h.is(f.key) {
-			f.frame, f.sequence = frame, binary.BigEndian.Uint64(entry[8:])
+			f.frame, f.sequence, f.status, f.version = frame, binary.BigEndian.Uint64(entry[8:]), h.status, h.version
 			return nil
 		}
 	}
@@ -387,9 +410,9 @@ func (k *boltKeys) Get(key Key) (Record, error) {
 		return Record{}, err
 	}
 	if f.frame == nil {
-		return Record{}, fmt.Errorf("%w: %s", ErrNotFound, key)
+		return Record{}, ErrNotFound
 	}
-	return decodeRecord(f.frame)
+	return decodeBody(f.frame)
 }
 
 func (k *boltKeys) Put(r *Record) error {
@@ -496,6 +519,9 @@ func (k *boltKeys) encode(r *Record) []byte {
 }
 
 func (k *boltKeys) Unfinished(after Key, limit int) ([]Record, error) {
+	if err := k.openLive(); err != nil {
+		return nil, err
+	}
 	c := k.live.Cursor()
 	name, frame := c.First()
 	if after != (Key{}) {

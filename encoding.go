@@ -2,7 +2,7 @@ package keystate
 
 import (
 	"bytes"
-	"cmp"
+	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -67,11 +67,19 @@ func decodeState(b []byte, s any) error {
 	return decodeEncoded(b, s)
 }
 
+type stateDecoder struct {
+	*msgpack.Decoder
+	in bytes.Reader
+}
+
+var stateDecoders = sync.Pool{New: func() any { return &stateDecoder{Decoder: msgpack.NewDecoder(nil)} }}
+
 // decodeEncoded fills s from what encodeState returned, or decodeState accepted.
 func decodeEncoded(b []byte, s any) error {
-	d := msgpack.GetDecoder()
-	defer msgpack.PutDecoder(d)
-	d.Reset(bytes.NewReader(b))
+	d := stateDecoders.Get().(*stateDecoder)
+	defer stateDecoders.Put(d)
+	d.in.Reset(b)
+	d.Reset(&d.in)
 	d.SetCustomStructTag("json")
 	if err := d.Decode(s); err != nil {
 		return fmt.Errorf("keystate: decode the state: %w", err)
@@ -79,21 +87,33 @@ func decodeEncoded(b []byte, s any) error {
 	return nil
 }
 
-// canonical reduces an encoded request to what tells two requests apart: map and struct keys sorted, entries
-// with a zero value left out (so that a field added in a release does not make a stranger of an honest retry).
-func canonical(b []byte) ([]byte, error) {
-	w := walker{rest: b}
-	out := w.canonical(make([]byte, 0, len(b)), 0)
+// fingerprint tells a retry from another request under the same key. It is a digest of the machine's name and of the
+// encoded request, reduced to what tells two requests apart: map and struct keys sorted, entries with a zero value left
+// out (so that a field added in a release does not make a stranger of an honest retry).
+func fingerprint(machine string, request []byte) (print [16]byte, err error) {
+	m := canonicalMemory.Get().(*memory)
+	defer canonicalMemory.Put(m)
+	w := walker{rest: request, spare: m.spare}
+	out := binary.LittleEndian.AppendUint32(m.out[:0], uint32(len(machine)))
+	out = w.canonical(append(out, machine...), 0)
+	m.out, m.spare = out, w.spare
 	if w.failed || len(w.rest) != 0 {
-		return nil, errors.New("keystate: the request is not one msgpack value")
+		return print, errors.New("keystate: the request is not one msgpack value")
 	}
-	return out, nil
+	sum := sha256.Sum256(out)
+	return [16]byte(sum[:]), nil
 }
+
+// memory is what making a canonical form needs for a moment.
+type memory struct{ out, spare []byte }
+
+var canonicalMemory = sync.Pool{New: func() any { return new(memory) }}
 
 // A walker goes over encoded msgpack value by value (the format: github.com/msgpack/msgpack, spec.md).
 type walker struct {
 	rest   []byte
 	failed bool
+	spare  []byte // memory for the entries of a map, which are sorted when all are there
 }
 
 const maxNesting = 100 // deep enough for any request, and it bounds what canonical holds at a time
@@ -216,27 +236,27 @@ func (w *walker) canonical(out []byte, depth int) []byte {
 }
 
 func (w *walker) canonicalMap(out []byte, n uint64, depth int) []byte {
-	type entry struct{ key, value []byte }
+	type entry struct{ start, middle, end int } // in scratch: the key, then the value
 	var few [16]entry
 	entries := few[:0]
-	scratch := make([]byte, 0, min(len(w.rest), 512))
+	scratch := w.spare[:0]
+	w.spare = nil
 	for range n {
-		start := len(scratch)
+		e := entry{start: len(scratch)}
 		scratch = w.canonical(scratch, depth+1)
-		middle := len(scratch)
+		e.middle = len(scratch)
 		scratch = w.canonical(scratch, depth+1)
-		e := entry{scratch[start:middle], scratch[middle:]}
-		if !isZero(e.value) {
+		e.end = len(scratch)
+		if !isZero(scratch[e.middle:e.end]) {
 			entries = append(entries, e)
 		}
 	}
-	slices.SortFunc(entries, func(a, b entry) int {
-		return cmp.Or(bytes.Compare(a.key, b.key), bytes.Compare(a.value, b.value))
-	})
+	slices.SortFunc(entries, func(a, b entry) int { return bytes.Compare(scratch[a.start:a.end], scratch[b.start:b.end]) })
 	out = binary.BigEndian.AppendUint32(append(out, map32), uint32(len(entries)))
 	for _, e := range entries {
-		out = append(append(out, e.key...), e.value...)
+		out = append(out, scratch[e.start:e.end]...)
 	}
+	w.spare = scratch
 	return out
 }
 

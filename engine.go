@@ -505,6 +505,9 @@ func (e *Engine[Tx]) Key(ctx context.Context, key Key) (Record, error) {
 		r, err = e.store.Keys(tx).Get(key)
 		return err
 	})
+	if errors.Is(err, ErrNotFound) {
+		err = fmt.Errorf("%w: %s", ErrNotFound, key)
+	}
 	return r, err
 }
 

@@ -1205,11 +1205,11 @@ func TestAFieldAddedInAReleaseMakesNoStrangerOfAnHonestRetry(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, b := range [][]byte{b1, b2} {
-			form, err := canonical(b)
+			print, err := fingerprint("transfer", b)
 			if err != nil {
 				t.Fatal(err)
 			}
-			prints[fingerprint("transfer", form)] = true
+			prints[print] = true
 		}
 	}
 	if len(prints) != 1 {

@@ -155,8 +155,8 @@ func (m *Machine[S]) encode(request S) (b []byte, print [16]byte, err error) {
 	if b, err = encodeState(&request, m.core.limit()); err != nil {
 		return nil, print, err
 	}
-	form, err := canonical(b)
-	return b, fingerprint(m.name, form), err
+	print, err = fingerprint(m.name, b)
+	return b, print, err
 }
 
 // Stage starts another key inside a Commit, or inside [Engine.Update], in the same transaction: the transactional

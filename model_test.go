@@ -120,11 +120,31 @@ func (b blueprint) position(point RecoveryPoint) (int, bool) {
 	return 0, false
 }
 
-func (b blueprint) next(point RecoveryPoint) *step {
-	if i, known := b.position(point); known && i < len(b.steps) {
+// next is the index of the step with which a key goes on: the one after its point, or the one that it had begun and whose
+// effect may be under way, when a deploy has put others before that. Where there is none, only an operator can help.
+func (b blueprint) next(r Record) (int, bool) {
+	i, known := b.position(r.Point)
+	if !known || r.Begun == "" || r.FirstTried.IsZero() && !r.Acted {
+		return i, known
+	}
+	after, known := b.position(r.Begun)
+	return after - 1, known && after > i
+}
+
+func (b blueprint) nextStep(r Record) *step {
+	if i, known := b.next(r); known && i < len(b.steps) {
 		return b.steps[i]
 	}
 	return nil
+}
+
+// idOf finds the step that was ever called by a name.
+func (b blueprint) idOf(name RecoveryPoint) (id int) {
+	if name == Finished {
+		return b.steps[len(b.steps)-1].id
+	}
+	fmt.Sscanf(string(name), "p%d", &id)
+	return id
 }
 
 // A life is one incarnation of a key: how often the key was reaped before it.
@@ -330,7 +350,7 @@ func (w *world) send(ctx context.Context, p *process, st *step, token string, s 
 		return w.broken(p, d, w.hang(ctx, p))
 	case panics:
 		_ = w.broken(p, d, nil)
-		panic("an effect panics")
+		panic(w.trouble())
 	case exits:
 		_ = w.broken(p, d, nil)
 		runtime.Goexit()
@@ -393,7 +413,7 @@ func (w *world) beginSend(p *process, st *step, token string, s *parcel) (how tu
 
 // checkDurable: an effect runs only when everything before it is durable, and while its own result is not.
 func (w *world) checkDurable(p *process, st *step, s *parcel, now durable) {
-	next := p.blueprints[now.record.Machine].next(now.record.Point)
+	next := p.blueprints[now.record.Machine].nextStep(now.record)
 	var stored parcel
 	switch {
 	case !now.found:
@@ -555,7 +575,7 @@ func (w *world) ask(p *process, st *step, token string, s *parcel) (Outcome, err
 func (w *world) write(p *process, tx *bbolt.Tx, st *step, s *parcel) error {
 	l := lifeOf(tx, s.For)
 	attempt := 1
-	if r, err := p.store.boltStore.Keys(tx).Get(s.For); err == nil && p.blueprints[r.Machine].next(r.Point) == st {
+	if r, err := p.store.boltStore.Keys(tx).Get(s.For); err == nil && p.blueprints[r.Machine].nextStep(r) == st {
 		attempt = max(1, r.Attempts)
 	}
 	how := st.turnout(st.writing, attempt-1, s.For)
@@ -590,7 +610,7 @@ func (w *world) write(p *process, tx *bbolt.Tx, st *step, s *parcel) error {
 	case final:
 		return Final(w.trouble())
 	case panics:
-		panic("a commit panics")
+		panic(w.trouble())
 	case exits:
 		runtime.Goexit()
 	}
@@ -677,7 +697,7 @@ func (n *notary) Put(r *Record) error {
 		}
 		return err
 	}
-	n.p.w.log(n.p, "%s: version %d, %s at %q, attempts %d, acted %t %s %s", r.Key, r.Version, r.Status, r.Point, r.Attempts, r.Acted, r.ParkReason, r.LastError)
+	n.p.w.log(n.p, "%s: version %d, %s at %q, begun %q, attempts %d, acted %t %s %s", r.Key, r.Version, r.Status, r.Point, r.Begun, r.Attempts, r.Acted, r.ParkReason, r.LastError)
 	n.checkChange(old, *r)
 	return n.inscribe(old, *r)
 }
@@ -710,10 +730,10 @@ func (n *notary) checkChange(old, r Record) {
 			object("the point moves back from %q to %q", old.Point, r.Point)
 		}
 		if r.FirstTried.IsZero() && !old.FirstTried.IsZero() && len(r.History) == len(old.History) && r.Status == Waiting && old.Status == Running {
-			n.checkForgotten(r, b.next(r.Point))
+			n.checkForgotten(r, b.nextStep(old))
 		}
 	}
-	st := b.next(r.Point)
+	st := b.nextStep(r)
 	if st != nil && st.retry.Attempts > 0 && r.Attempts > st.retry.Attempts {
 		object("attempt %d at step %d, of %d", r.Attempts, st.id, st.retry.Attempts)
 	}
@@ -780,7 +800,7 @@ func (n *notary) inscribe(old, r Record) error {
 			return err
 		}
 	}
-	at, _ := b.position(old.Point)
+	at, _ := b.next(old)
 	for i := max(1, len(old.History)); i < len(r.History); i++ {
 		passage := r.History[i]
 		if r.Refusal != nil && i == len(r.History)-1 {
@@ -805,8 +825,8 @@ func (n *notary) inscribe(old, r Record) error {
 // ending is the line for a key that finishes otherwise than by its last step.
 func (n *notary) ending(old, r Record, b blueprint, at int) string {
 	acted := 0
-	if at < len(b.steps) && old.Acted {
-		acted = b.steps[at].id
+	if old.Acted {
+		acted = b.idOf(old.Begun)
 	}
 	if old.Status == Parked {
 		n.p.w.seen.note("a key abandoned")

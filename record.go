@@ -136,6 +136,11 @@ func decodeRecord(b []byte) (Record, error) {
 	if err := checkFrame(b); err != nil {
 		return Record{}, err
 	}
+	return decodeBody(b)
+}
+
+// decodeBody decodes a record whose frame is verified.
+func decodeBody(b []byte) (Record, error) {
 	c := cursor[string]{rest: string(b[frameSize:])} // one copy, which all strings share
 	r := Record{
 		Key:         Key{Scope: c.string(), ID: c.string()},

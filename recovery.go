@@ -181,7 +181,7 @@ func (e *Engine[Tx]) change(ctx context.Context, key Key, decide func(Record) ([
 		keys := e.store.Keys(tx)
 		r, err := keys.Get(key)
 		if err != nil {
-			return err
+			return fmt.Errorf("%w: %s", err, key)
 		}
 		events, err := decide(r)
 		if err != nil {

@@ -3,7 +3,6 @@ package keystate
 import (
 	"cmp"
 	"crypto/sha256"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
@@ -156,17 +155,6 @@ func token(store [16]byte, incarnation [16]byte, to RecoveryPoint) string {
 	u[6] = u[6]&0x0f | 0x80 // version 8
 	u[8] = u[8]&0x3f | 0x80 // variant RFC 9562
 	return u.String()
-}
-
-// fingerprint tells a retry from another request under the same key.
-func fingerprint(machine string, canonicalRequest []byte) [16]byte {
-	h := sha256.New()
-	var n [4]byte
-	binary.LittleEndian.PutUint32(n[:], uint32(len(machine)))
-	h.Write(n[:])
-	h.Write([]byte(machine))
-	h.Write(canonicalRequest)
-	return [16]byte(h.Sum(nil)[:16])
 }
 
 // An event is something that happens to a key. The fields that an event uses stand in the table below.
