@@ -31,7 +31,7 @@ import (
 )
 
 // rounds is how many times rapid.checks scenarios of each mood are played: as many as take some seconds.
-const rounds = 5
+const rounds = 4
 
 // TestPromises plays random scenarios, each mood with its own kind of trouble, and in the end makes sure that
 // everything that the promises are about has happened.

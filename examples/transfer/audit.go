@@ -85,10 +85,10 @@ func texts(b *bbolt.Bucket) map[string]string {
 // A tally is what the show has come to.
 type tally struct {
 	requests, killed  int
-	resumed           uint64
+	resumed           map[string]bool
 	answers           map[int]answer     // by line, as the last worker gave them
 	given             map[request]answer // definite answers as they were given first, in this run or an earlier one
-	lost              []string           // answers that were given and then differed, or never came again
+	lost              map[int]string     // by line: answers that were given and then differed, or never came again
 	calls             counts
 	ledger            []entry
 	before, after     books
@@ -106,8 +106,8 @@ func (t *tally) audit(lines []line) {
 	t.payouts = t.match(payoutKind, due, t.after.payouts)
 	t.receipts = t.match(receiptKind, due, t.after.receipts)
 	t.judgeMoney()
-	for _, l := range t.lost {
-		t.fault("lost answer: %s", l)
+	for _, n := range slices.Sorted(maps.Keys(t.lost)) {
+		t.fault("line %d %s", n, t.lost[n])
 	}
 	if t.after.unfinished+t.after.parked > 0 {
 		t.fault("%d keys are unfinished and %d parked", t.after.unfinished, t.after.parked)
@@ -273,7 +273,7 @@ func (t *tally) print(w io.Writer) {
 		{"requests", t.requests, ""},
 		{"answers", len(t.answers), strings.Join(kinds, ", ")},
 		{"kills", t.killed, ""},
-		{"resumed keys", t.resumed, ""},
+		{"resumed keys", len(t.resumed), ""},
 		{"processor calls", c.Calls, fmt.Sprintf("%d answers lost, %d timed out, %d failed, %d replayed", c.Lost, c.Slow, c.Failed, c.Replays)},
 		{"payouts", t.payouts.entries, ""},
 		{"duplicate payouts", t.payouts.duplicate, ""},

@@ -16,6 +16,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -46,7 +47,7 @@ func run(args []string) error {
 		var b bytes.Buffer
 		return errors.Join(generate(&b), os.WriteFile(args[1], b.Bytes(), 0o644))
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	return runShow(ctx, args)
 }
@@ -126,7 +127,7 @@ func perform(ctx context.Context, set settings) (t *tally, err error) {
 		return nil, err
 	}
 	s := &show{settings: set, rng: rand.New(rand.NewPCG(uint64(set.seed), 0)), seen: map[int]bool{}}
-	s.given = map[request]answer{}
+	s.given, s.lost, s.resumed = map[request]answer{}, map[int]string{}, map[string]bool{}
 	s.spool = filepath.Join(dir, "transfers.jsonl")
 	leave := []string{dir}
 	switch {
@@ -148,14 +149,16 @@ func perform(ctx context.Context, set settings) (t *tally, err error) {
 			err = errors.Join(err, os.RemoveAll(path))
 		}
 	}()
-	if err := s.prepare(ctx); err != nil {
-		return nil, err
+	if err = s.prepare(ctx); err == nil {
+		err = errors.Join(s.play(ctx), s.history.Close())
 	}
-	err = errors.Join(s.play(ctx), s.history.Close())
-	if err != nil {
-		return nil, err
+	if err == nil {
+		err = s.conclude(ctx)
 	}
-	return &s.tally, s.conclude(ctx)
+	if err != nil && ctx.Err() != nil {
+		err = fmt.Errorf("interrupted: %w", context.Cause(ctx))
+	}
+	return &s.tally, err
 }
 
 // prepare reads the file, and what earlier shows have left.
@@ -206,15 +209,23 @@ func (s *show) play(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if !p.out.Scan() {
-		return errors.Join(errors.New("the processor did not start"), p.dismiss())
-	}
-	s.address = p.out.Text()
-	err = s.workers(ctx)
+	s.address = <-p.lines
+	working, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	go func() {
+		for range p.lines {
+		}
+		cancel(errors.New("the processor ended early"))
+	}()
+	err = s.workers(working)
 	if err == nil {
 		s.calls, err = (&client{url: s.address}).stats(ctx)
 	}
-	return errors.Join(err, p.dismiss())
+	ended := p.dismiss()
+	if ctx.Err() != nil { // then it was killed, like all of them
+		return err
+	}
+	return errors.Join(err, ended)
 }
 
 // workers runs one worker after another: each is killed, but for the last.
@@ -256,19 +267,20 @@ func (s *show) work(ctx context.Context, doomed bool) error {
 	share := (s.requests - len(s.seen)) / (s.kills - s.killed + 1)
 	enough := len(s.seen) + s.rng.IntN(2*share+1)
 	s.answers = map[int]answer{}
-	reports, fault := w.reports()
 	killed, done := false, false
-	for reports != nil {
+	for lines := w.lines; lines != nil; {
 		select {
-		case r, ok := <-reports:
+		case text, ok := <-lines:
 			if !ok {
-				reports = nil
+				lines = nil
 				break
 			}
-			err = errors.Join(err, s.take(r))
-			if r.Done {
-				done = true
+			var r report
+			if fault := json.Unmarshal([]byte(text), &r); fault != nil {
+				err = errors.Join(err, fault)
 			}
+			err = errors.Join(err, s.take(r))
+			done = done || r.Done
 			if r.Done && !doomed {
 				w.leash.Close()
 			}
@@ -283,18 +295,20 @@ func (s *show) work(ctx context.Context, doomed bool) error {
 	ended := w.dismiss()
 	switch {
 	case ctx.Err() != nil:
-		return errors.New("interrupted")
+		return context.Cause(ctx)
 	case killed:
 		return err
 	case doomed || !done:
 		ended = errors.Join(errors.New("the worker ended early"), ended)
 	}
-	return errors.Join(err, *fault, ended)
+	return errors.Join(err, ended)
 }
 
 // take takes in what a worker reports.
 func (s *show) take(r report) error {
-	s.resumed += r.Interrupted
+	for _, key := range r.Interrupted {
+		s.resumed[key] = true
+	}
 	a := r.Answer
 	if a == nil {
 		return nil
@@ -307,7 +321,7 @@ func (s *show) take(r report) error {
 	}
 	if first, ok := s.given[a.request]; ok {
 		if first.Line = a.Line; first != *a {
-			s.lost = append(s.lost, fmt.Sprintf("line %d was first %v, and then %v", a.Line, first, *a))
+			s.lost[a.Line] = fmt.Sprintf("was first %v, and then %v", first, *a)
 		}
 		return nil
 	}
@@ -319,7 +333,7 @@ func (s *show) take(r report) error {
 func (s *show) conclude(ctx context.Context) (err error) {
 	for n := range s.seen {
 		if _, ok := s.answers[n]; !ok {
-			s.lost = append(s.lost, fmt.Sprintf("line %d was answered, and is no more", n))
+			s.lost[n] = "was answered, and then not any more"
 		}
 	}
 	if s.ledger, _, err = readLedger(s.ledgerPath()); err != nil {
@@ -356,7 +370,7 @@ func (s *show) writeAnswers() error {
 type process struct {
 	cmd   *exec.Cmd
 	leash io.Closer
-	out   *bufio.Scanner
+	lines chan string // of its standard output; a last one that was cut off was never said
 }
 
 func spawn(ctx context.Context, args ...string) (*process, error) {
@@ -364,7 +378,7 @@ func spawn(ctx context.Context, args ...string) (*process, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &process{cmd: exec.CommandContext(ctx, self, args...)}
+	p := &process{cmd: exec.CommandContext(ctx, self, args...), lines: make(chan string)}
 	p.cmd.Stderr = os.Stderr
 	if p.leash, err = p.cmd.StdinPipe(); err != nil {
 		return nil, err
@@ -373,37 +387,29 @@ func spawn(ctx context.Context, args ...string) (*process, error) {
 	if err != nil {
 		return nil, err
 	}
-	p.out = bufio.NewScanner(out)
-	p.out.Buffer(nil, 1<<20)
-	return p, p.cmd.Start()
-}
-
-// reports passes on what a worker reports, until it ends. Then fault says what was wrong with it. A last line that
-// was cut off was never said.
-func (p *process) reports() (reports chan report, fault *error) {
-	reports, fault = make(chan report), new(error)
+	if err := p.cmd.Start(); err != nil {
+		return nil, err
+	}
 	go func() {
-		defer close(reports)
-		for p.out.Scan() {
-			var r report
-			if *fault = json.Unmarshal(p.out.Bytes(), &r); *fault != nil {
-				break
+		defer close(p.lines)
+		for b := bufio.NewReader(out); ; {
+			text, err := b.ReadString('\n')
+			if err != nil {
+				return
 			}
-			reports <- r
-		}
-		for p.out.Scan() { // or it could not end
+			p.lines <- strings.TrimSpace(text)
 		}
 	}()
-	return reports, fault
+	return p, nil
 }
 
 // dismiss lets a process end, and waits for it.
 func (p *process) dismiss() error {
 	p.leash.Close()
-	for p.out.Scan() {
+	for range p.lines {
 	}
 	if err := p.cmd.Wait(); err != nil {
-		return fmt.Errorf("%s: %w", p.cmd.Args[1], err)
+		return fmt.Errorf("the %s: %w", p.cmd.Args[1], err)
 	}
 	return nil
 }

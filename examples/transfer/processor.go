@@ -17,6 +17,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"time"
 )
 
 // This file is the world outside: a payment processor as a program meets it. It takes the Idempotency-Key header at its
@@ -44,6 +45,8 @@ type entry struct {
 	Token string `json:"token"`
 	order
 }
+
+const slowest = 10 * time.Second
 
 // faults are the shares of the calls that go wrong.
 type faults struct {
@@ -180,7 +183,10 @@ func (p *processor) serve(w http.ResponseWriter, r *http.Request, kind string) {
 	case fault == &p.counts.Lost:
 		panic(http.ErrAbortHandler)
 	case fault == &p.counts.Slow:
-		<-r.Context().Done()
+		select {
+		case <-r.Context().Done():
+		case <-time.After(slowest): // of a client that does not give up
+		}
 		panic(http.ErrAbortHandler)
 	}
 	reply(w, status, answer)

@@ -53,10 +53,10 @@ func (a answer) definite() bool { return a.Status != parked && a.Status != open 
 
 // A report is one line from a worker to the show.
 type report struct {
-	Ready       bool    `json:"ready,omitempty"`
-	Interrupted uint64  `json:"interrupted,omitempty"` // with Ready: keys that an earlier process left unfinished
-	Answer      *answer `json:"answer,omitempty"`
-	Done        bool    `json:"done,omitempty"` // the file is worked through and nothing is left to resume
+	Ready       bool     `json:"ready,omitempty"`
+	Interrupted []string `json:"interrupted,omitempty"` // with Ready: the keys that an earlier process left unfinished
+	Answer      *answer  `json:"answer,omitempty"`
+	Done        bool     `json:"done,omitempty"` // the file is worked through and nothing is left to resume
 }
 
 // A line is one line of the file, read.
@@ -112,8 +112,11 @@ func runWorker(args []string) error {
 		return err
 	}
 	err = w.work(ctx, lines, *concurrency)
-	if err == nil {
+	switch {
+	case err == nil:
 		<-ctx.Done()
+	case ctx.Err() != nil: // the show is over; what is interrupted goes on when there is another one
+		err = nil
 	}
 	return errors.Join(err, w.engine.Close())
 }
@@ -149,10 +152,16 @@ func (w *worker) register(ctx context.Context, processor string) error {
 	if err := w.engine.Update(ctx, openAccounts); err != nil {
 		return err
 	}
-	left, err := w.engine.Stats(ctx)
-	if err != nil {
-		return err
+	var interrupted []string
+	for _, status := range []keystate.Status{keystate.Running, keystate.Waiting} {
+		for r, err := range w.engine.Keys(ctx, keystate.Filter{Status: status}) {
+			if err != nil {
+				return err
+			}
+			interrupted = append(interrupted, r.Key.String())
+		}
 	}
+	var err error
 	t := &w.teller
 	t.processor = &client{url: processor}
 	if t.receipts, err = keystate.Register(w.engine, "receipt", t.receiptPhases()); err != nil { // first: settle stages them
@@ -161,7 +170,7 @@ func (w *worker) register(ctx context.Context, processor string) error {
 	if t.transfers, err = keystate.Register(w.engine, "transfer", t.transferPhases()); err != nil {
 		return err
 	}
-	return w.report(report{Ready: true, Interrupted: left.Running + left.Waiting})
+	return w.report(report{Ready: true, Interrupted: interrupted})
 }
 
 // openAccounts makes the program's buckets, with the opening balances, unless they are there.

@@ -3,7 +3,7 @@
 // bbolt trusts its file. On a damaged one it panics, faults or loops, partly in goroutines
 // of its own where nobody can recover, and it leaves the file locked. This package reads
 // the file through an [io.ReaderAt] and believes nothing: whatever the bytes are, it
-// returns an error, in time linear in the file's size and with little memory.
+// returns, in time linear in the file's size and with little memory.
 //
 // It checks to the byte what bbolt's writer does, which is more than bbolt's reader needs.
 // Values it neither reads nor knows: their owner must.

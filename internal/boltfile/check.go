@@ -170,10 +170,8 @@ func (c *checker) leaf(p page, first, limit []byte) error {
 	for i := range p.count {
 		e := p.element(i)
 		switch {
-		case e.flags == 0 && len(c.names) > 0:
+		case e.flags == 0 && len(c.names) > 0: // the root bucket holds nothing but buckets
 			continue
-		case e.flags == 0:
-			return damaged(p.id, "element %d is in the root bucket but no bucket", i)
 		case e.flags != bucketFlag:
 			return damaged(p.id, "element %d has flags %#x", i, e.flags)
 		case p.inline:
@@ -239,7 +237,7 @@ func (c *checker) scan(p page, first, limit []byte) error {
 			return damaged(p.id, "element %d lies at byte %d, want %d", i, e.key, end)
 		case e.end > p.size():
 			return damaged(p.id, "element %d ends at byte %d of %d", i, e.end, p.size())
-		case n == 0 || n > maxKeySize:
+		case n > maxKeySize:
 			return damaged(p.id, "element %d has a key of %d bytes", i, n)
 		}
 		key, err := c.key(p, i)
@@ -248,7 +246,7 @@ func (c *checker) scan(p page, first, limit []byte) error {
 			return err
 		case i == 0 && first != nil && !bytes.Equal(key, first):
 			return damaged(p.id, "first key is not the one that its branch has")
-		case bytes.Compare(last, key) >= 0:
+		case bytes.Compare(last, key) >= 0: // nor may it be empty
 			return damaged(p.id, "key %d is not above the one before it", i)
 		}
 		last, end = key, e.end

@@ -278,9 +278,13 @@ func TestDamagedPagesAreDamaged(t *testing.T) {
 
 func TestAPageForgottenByTheFreelistIsLeaked(t *testing.T) {
 	image, l := sample(t)
-	pageOf(image, l.Freelist)[10]--
-	if err := check(image); !errors.Is(err, ErrLeaked) || errors.Is(err, ErrDamaged) {
+	pageOf(image, l.Freelist)[10] -= 2
+	err := check(image)
+	if !errors.Is(err, ErrLeaked) || errors.Is(err, ErrDamaged) {
 		t.Fatal(err)
+	}
+	if want := fmt.Sprintf("page %d and 1 more", l.free[len(l.free)-2]); !strings.Contains(err.Error(), want) {
+		t.Fatalf("%v, want %s", err, want)
 	}
 }
 

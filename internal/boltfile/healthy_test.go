@@ -202,13 +202,38 @@ func TestBucketsNestedTooDeepAreNeitherDamagedNorForeign(t *testing.T) {
 
 func TestAReaderThatFailsIsNotDamage(t *testing.T) {
 	image, _ := sample(t)
-	for limit := 0; limit < len(image); limit += 64 {
-		cut := io.NewSectionReader(bytes.NewReader(image), 0, int64(limit))
-		err := checkReader(cut, int64(len(image)))
-		if errors.Is(err, ErrDamaged) || errors.Is(err, ErrForeign) || err != nil && !errors.Is(err, io.ErrUnexpectedEOF) {
-			t.Fatalf("reading ends at %d: %v", limit, err)
+	failed := 0
+	for at := 0; at < len(image); at += 8 {
+		r := failingReader{bytes.NewReader(image), int64(at)}
+		switch err := checkReader(r, int64(len(image))); {
+		case errors.Is(err, errIO) && !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrForeign):
+			failed++
+		case err != nil:
+			t.Fatalf("unreadable byte %d: %v", at, err)
 		}
 	}
+	if failed == 0 {
+		t.Fatal("no read failed")
+	}
+	if err := checkReader(bytes.NewReader(image[:len(image)/2]), int64(len(image))); !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Fatalf("cut while being read: %v", err)
+	}
+}
+
+var errIO = errors.New("input/output error")
+
+// A failingReader cannot read one byte.
+type failingReader struct {
+	r   io.ReaderAt
+	bad int64
+}
+
+func (f failingReader) ReadAt(b []byte, offset int64) (int, error) {
+	if n := f.bad - offset; n >= 0 && n < int64(len(b)) {
+		n, _ := f.r.ReadAt(b[:n], offset)
+		return n, errIO
+	}
+	return f.r.ReadAt(b, offset)
 }
 
 // If this fails with a newer bbolt, good: then ErrLeaked's comment needs a word.
