@@ -1,6 +1,7 @@
 package keystate
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -37,7 +38,8 @@ type member struct {
 // A group is the members that are being committed together.
 type group struct {
 	members []*member
-	running *member // whose function is running
+	failed  []*member // taken out; they are answered with the others, since what they saw may be the others' writes
+	running *member   // whose function is running
 	tx      *bbolt.Tx
 	keys    *boltKeys
 	began   time.Time
@@ -121,12 +123,7 @@ func (c *committer) commitAlone(m *member) bool {
 		return false
 	}
 	g := &group{members: []*member{m}, began: time.Now()}
-	defer func() {
-		if len(g.members) > 0 { // runtime.Goexit, or a panic that is not ours to keep
-			c.rollback(g)
-			c.present.Store(nil)
-		}
-	}()
+	defer c.present.Store(nil) // after a Goexit, too
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	c.commit(g)
 	return true
@@ -192,7 +189,6 @@ func (c *committer) loop(g *group) {
 			return
 		}
 		g := c.present.Load()
-		c.rollback(g)
 		g.forget()
 		g.running.err = errGoexit
 		g.expel()
@@ -262,52 +258,96 @@ func (c *committer) commit(g *group) {
 }
 
 func (c *committer) settle(g *group) {
-	for len(g.members) > 0 {
-		if err := c.begin(g); err != nil {
-			g.answer(err)
-			return
+	var err error
+	for spoiled := true; spoiled && len(g.members) > 0 && err == nil; {
+		if spoiled, err = c.together(g); spoiled {
+			c.judge(g)
+			g.expel()
 		}
-		if !c.try(g) {
-			err := c.seal(g)
-			if err == nil {
-				c.told(Event{Size: len(g.members), Took: time.Since(g.began)})
-			}
-			g.answer(err)
-			return
-		}
-		c.rollback(g)
-		c.judge(g)
-		g.expel()
 	}
+	if len(g.members) > 0 && err == nil {
+		c.told(Event{Size: len(g.members), Took: time.Since(g.began)})
+	}
+	g.answer(err)
 }
 
-// begin opens the group's transaction.
-func (c *committer) begin(g *group) (err error) {
+// errSpoiled rolls a transaction back.
+var errSpoiled = errors.New("keystate: rolled back")
+
+// together runs every member in one transaction and commits it, unless one failed: then it is spoiled.
+func (c *committer) together(g *group) (spoiled bool, err error) {
+	err = c.transact(g, func() error {
+		for _, m := range g.members {
+			if m.err = g.run(m); m.err != nil {
+				spoiled = true
+			}
+		}
+		if spoiled {
+			return errSpoiled
+		}
+		if g.keys.changed {
+			return g.keys.flush()
+		}
+		return nil
+	})
+	if spoiled && errors.Is(err, errSpoiled) {
+		err = nil
+	}
+	return spoiled, err
+}
+
+// transact runs fn in a transaction and commits it. After a failure whose outcome is open, the store stops.
+func (c *committer) transact(g *group, fn func() error) error {
 	if err := c.failure(); err != nil {
 		return err
 	}
 	if info, err := os.Stat(c.store.path); err != nil || !os.SameFile(info, c.store.info) {
 		return c.fail(fmt.Errorf("%w: %s", ErrMoved, c.store.path))
 	}
-	if g.tx, err = c.store.db.Begin(true); err != nil {
-		return c.fail(commitError(err))
+	var id int
+	var inside error
+	err := c.store.guard(func() error {
+		return c.store.db.Update(func(tx *bbolt.Tx) error {
+			id = tx.ID()
+			inside = g.open(tx, c)
+			if inside == nil {
+				inside = fn()
+			}
+			return inside
+		})
+	})
+	switch {
+	case err == nil:
+		c.keep(g.keys.arena)
+		return nil
+	case errors.Is(inside, errSpoiled):
+		return inside
+	case inside != nil:
+		return c.fail(inside)
 	}
-	if g.keys, err = newBoltKeys(g.tx, c.store.id); err != nil {
-		c.rollback(g)
-		return c.fail(err)
+	if err = commitError(err); errors.Is(err, ErrStorageFull) {
+		if !c.visible(id) {
+			return err
+		}
+		err = fmt.Errorf("%w: %w", ErrOutcomeUnknown, err)
 	}
-	g.keys.arena = c.arena[:0]
+	return c.fail(err)
+}
+
+// open gives the group's members access to a transaction.
+func (g *group) open(tx *bbolt.Tx, c *committer) (err error) {
+	if g.keys, err = newBoltKeys(tx, c.store.id); err != nil {
+		return err
+	}
+	g.tx, g.keys.arena = tx, c.arena[:0]
 	return nil
 }
 
-// try runs every member once and reports whether one failed: then the transaction is spoiled.
-func (c *committer) try(g *group) (spoiled bool) {
-	for _, m := range g.members {
-		if m.err = g.run(m); m.err != nil {
-			spoiled = true
-		}
+// keep takes back the memory for records: bbolt has copied what it kept of it.
+func (c *committer) keep(arena []byte) {
+	if c.arena = arena; cap(arena) > maxArena {
+		c.arena = nil
 	}
-	return spoiled
 }
 
 // run calls a member's function; a panic in it is its error.
@@ -326,9 +366,6 @@ func (g *group) run(m *member) (err error) {
 // judge tries everybody alone who failed in the spoiled transaction. Whoever fails on a clean slate too, has
 // failed; the others may have been harmed by what a failed member wrote.
 func (c *committer) judge(g *group) {
-	if len(g.members) == 1 {
-		return
-	}
 	first := true
 	for _, m := range g.members {
 		if m.err == nil {
@@ -338,21 +375,22 @@ func (c *committer) judge(g *group) {
 			first = false
 			continue
 		}
-		if err := c.begin(g); err != nil {
+		err := c.transact(g, func() error {
+			m.err = g.run(m)
+			return errSpoiled
+		})
+		if !errors.Is(err, errSpoiled) {
 			m.err = err
-			continue
 		}
-		m.err = g.run(m)
-		c.rollback(g)
 	}
 }
 
-// expel answers the members that failed and keeps the others.
+// expel takes the members out that failed.
 func (g *group) expel() {
 	rest := g.members[:0]
 	for _, m := range g.members {
 		if m.err != nil {
-			m.done <- m.err
+			g.failed = append(g.failed, m)
 		} else {
 			rest = append(rest, m)
 		}
@@ -367,41 +405,15 @@ func (g *group) forget() {
 	}
 }
 
+// answer tells everybody what became of the transaction, and those who failed, that they did.
 func (g *group) answer(err error) {
 	for _, m := range g.members {
 		m.done <- err
 	}
-	g.members = nil
-}
-
-// seal writes the ledger and commits. After a failure whose outcome is open, the store stops.
-func (c *committer) seal(g *group) (err error) {
-	if g.keys.changed {
-		if err := g.keys.flush(); err != nil {
-			c.rollback(g)
-			return c.fail(err)
-		}
+	for _, m := range g.failed {
+		m.done <- cmp.Or(err, m.err)
 	}
-	id := g.tx.ID()
-	defer func() { // bbolt has copied what it kept
-		if c.arena = g.keys.arena; cap(c.arena) > maxArena {
-			c.arena = nil
-		}
-	}()
-	if err = c.guardedCommit(g.tx); err == nil {
-		return nil
-	}
-	if err = commitError(err); errors.Is(err, ErrStorageFull) && !c.visible(id) {
-		return err
-	}
-	if errors.Is(err, ErrStorageFull) {
-		err = fmt.Errorf("%w: %w", ErrOutcomeUnknown, err)
-	}
-	return c.fail(err)
-}
-
-func (c *committer) guardedCommit(tx *bbolt.Tx) error {
-	return c.store.guard(tx.Commit)
+	g.members, g.failed = nil, nil
 }
 
 // visible says whether readers see the transaction of that id.
@@ -414,12 +426,6 @@ func (c *committer) visible(id int) bool {
 		})
 	})
 	return seen
-}
-
-func (c *committer) rollback(g *group) {
-	if err := c.store.guard(g.tx.Rollback); err != nil {
-		c.fail(err)
-	}
 }
 
 var errGoexit = errors.New("keystate: the phase called runtime.Goexit")

@@ -275,8 +275,8 @@ func isZero(v []byte) bool {
 		return len(v) == 2
 	case array32, map32:
 		return len(v) == 5
-	case 0xca, 0xcb: // 0.0
-		return strings.Trim(string(v[1:]), "\x00") == ""
+	case 0xca, 0xcb: // 0.0 and -0.0
+		return v[1]&0x7f == 0 && strings.Trim(string(v[2:]), "\x00") == ""
 	}
 	return string(v) == zeroTime
 }

@@ -173,7 +173,7 @@ type Engine[Tx any] struct {
 	resuming int           // keys that the engine has taken up by itself and that are under way
 	waiting  int           // who waits for changed
 	changed  chan struct{} // closed and replaced when a run or a reader ends, if anybody waits for it
-	outboxes map[any]*[]Record
+	outboxes map[any]*outbox
 	readers  map[*reader]struct{}
 }
 
@@ -226,7 +226,7 @@ func newEngine[Tx any](store Store[Tx], opts *Options, rules rules[Tx]) (*Engine
 		slots:    make(chan struct{}, o.MaxRuns),
 		dueNow:   make(chan struct{}, 1),
 		machines: map[string]*machine[Tx]{}, runs: map[Key]*run{}, due: newDueQueue(),
-		changed: make(chan struct{}), outboxes: map[any]*[]Record{}, readers: map[*reader]struct{}{},
+		changed: make(chan struct{}), outboxes: map[any]*outbox{}, readers: map[*reader]struct{}{},
 	}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	e.commitCtx = context.WithValue(context.Background(), inCommit{}, true)
@@ -407,10 +407,16 @@ func (e *Engine[Tx]) takeSlot(ctx context.Context) error {
 
 func (e *Engine[Tx]) freeSlot() { <-e.slots }
 
-// openOutbox lets Stage find what a transaction stages, while it runs.
-func (e *Engine[Tx]) openOutbox(tx Tx, staged *[]Record) {
+// An outbox holds what a transaction stages while it runs.
+type outbox struct {
+	owner  Key // whose commit it is
+	staged *[]Record
+}
+
+// openOutbox lets Stage find the outbox of a transaction.
+func (e *Engine[Tx]) openOutbox(tx Tx, out *outbox) {
 	e.mu.Lock()
-	e.outboxes[tx] = staged
+	e.outboxes[tx] = out
 	e.mu.Unlock()
 }
 
@@ -420,7 +426,7 @@ func (e *Engine[Tx]) closeOutbox(tx Tx) {
 	e.mu.Unlock()
 }
 
-func (e *Engine[Tx]) outboxOf(tx Tx) *[]Record {
+func (e *Engine[Tx]) outboxOf(tx Tx) *outbox {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return e.outboxes[tx]
@@ -447,7 +453,7 @@ func (e *Engine[Tx]) Update(ctx context.Context, fn func(tx Tx) error) error {
 	var staged []Record
 	err := e.store.Update(ctx, func(tx Tx) error {
 		staged = nil
-		e.openOutbox(tx, &staged)
+		e.openOutbox(tx, &outbox{staged: &staged})
 		defer e.closeOutbox(tx)
 		return fn(tx)
 	})
@@ -495,14 +501,25 @@ func (e *Engine[Tx]) read() (done func(), err error) {
 	}, nil
 }
 
+// look reads records in a transaction of its own.
+func (e *Engine[Tx]) look(ctx context.Context, fn func(Keys) error) error {
+	e.mu.Lock()
+	closed := e.closed
+	e.mu.Unlock()
+	if closed {
+		return ErrClosed
+	}
+	return e.store.View(ctx, func(tx Tx) error { return fn(e.store.Keys(tx)) })
+}
+
 // Key returns a key's record, or [ErrNotFound].
 func (e *Engine[Tx]) Key(ctx context.Context, key Key) (Record, error) {
 	if err := key.validate(); err != nil {
 		return Record{}, err
 	}
 	var r Record
-	err := e.store.View(ctx, func(tx Tx) (err error) {
-		r, err = e.store.Keys(tx).Get(key)
+	err := e.look(ctx, func(k Keys) (err error) {
+		r, err = k.Get(key)
 		return err
 	})
 	if errors.Is(err, ErrNotFound) {
@@ -526,7 +543,7 @@ func (f Filter) matches(r Record) bool {
 
 const scanPage = 256 // records in one read transaction
 
-// Keys iterates over the keys that match: first the unfinished ones by key, then the finished ones in the order of
+// Keys iterates over the keys that match: first the unfinished ones, then the finished ones in the order of
 // finishing. It reads page by page, each in a transaction of its own, so a key that moves meanwhile may be seen
 // twice or as it was a moment ago; none is missed that matches all the time. An error ends the iteration.
 func (e *Engine[Tx]) Keys(ctx context.Context, f Filter) iter.Seq2[Record, error] {
@@ -563,8 +580,8 @@ func (e *Engine[Tx]) pages(ctx context.Context, next func(k Keys, last Record) (
 	for {
 		err := ctx.Err()
 		if err == nil {
-			err = e.store.View(ctx, func(tx Tx) (err error) {
-				page, err = next(e.store.Keys(tx), last)
+			err = e.look(ctx, func(k Keys) (err error) {
+				page, err = next(k, last)
 				return err
 			})
 		}
@@ -596,8 +613,8 @@ type Stats struct {
 // Stats reads the counts. It costs the same however many keys there are.
 func (e *Engine[Tx]) Stats(ctx context.Context) (Stats, error) {
 	var s Stats
-	err := e.store.View(ctx, func(tx Tx) (err error) {
-		s.Counts, err = e.store.Keys(tx).Counts()
+	err := e.look(ctx, func(k Keys) (err error) {
+		s.Counts, err = k.Counts()
 		return err
 	})
 	if sized, ok := e.store.(sizer); ok && err == nil {

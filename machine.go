@@ -299,6 +299,9 @@ func (m *machine[Tx]) stage(anyTx any, key Key, print [16]byte, request []byte) 
 	if out == nil {
 		return fmt.Errorf("keystate: stage %s: the transaction is none of a Commit or Update of the machine's engine that is running", key)
 	}
+	if out.owner == key {
+		return fmt.Errorf("%w: %s would stage itself", ErrMismatch, key)
+	}
 	keys := m.engine.store.Keys(tx)
 	stored, err := keys.Get(key)
 	if err == nil {
@@ -319,7 +322,7 @@ func (m *machine[Tx]) stage(anyTx any, key Key, print [16]byte, request []byte) 
 	if err := keys.Put(&r); err != nil {
 		return err
 	}
-	*out = append(*out, r)
+	*out.staged = append(*out.staged, r)
 	return nil
 }
 

@@ -63,7 +63,7 @@ func appendRecord(b []byte, r *Record) []byte {
 	b = appendTime(b, r.Due)
 	b = appendString(b, string(r.ParkReason))
 	b = appendString(b, r.LastError)
-	b = append(b, flags(r.Acted, r.Refusal != nil))
+	b = append(b, flags(r.Acted, r.Refusal != nil, r.Resend))
 	if r.Refusal != nil {
 		b = appendString(b, string(r.Refusal.Before))
 		b = appendString(b, r.Refusal.Reason)
@@ -97,12 +97,22 @@ func appendTime(b []byte, t time.Time) []byte {
 	return binary.AppendVarint(b, t.UnixMicro())
 }
 
-func flags(acted, refused bool) (f byte) {
+const (
+	flagActed = 1 << iota
+	flagRefused
+	flagResend
+	flagsEnd
+)
+
+func flags(acted, refused, resend bool) (f byte) {
 	if acted {
-		f |= 1
+		f |= flagActed
 	}
 	if refused {
-		f |= 2
+		f |= flagRefused
+	}
+	if resend {
+		f |= flagResend
 	}
 	return f
 }
@@ -162,8 +172,8 @@ func decodeBody(b []byte) (Record, error) {
 		LastError:   c.string(),
 	}
 	marks := c.byte()
-	r.Acted = marks&1 != 0
-	if marks&2 != 0 {
+	r.Acted, r.Resend = marks&flagActed != 0, marks&flagResend != 0
+	if marks&flagRefused != 0 {
 		r.Refusal = &Refusal{Before: RecoveryPoint(c.string()), Reason: c.string()}
 	}
 	const smallestPassage = 4 // bytes: it bounds what a length can make us allocate
@@ -172,7 +182,7 @@ func decodeBody(b []byte) (Record, error) {
 		r.History[i] = Passage{Point: RecoveryPoint(c.string()), At: c.time(), Attempts: c.count(math.MaxInt32), Ignored: c.string()}
 	}
 	r.State = []byte(c.bytes())
-	if marks > 3 || len(c.rest) > 0 {
+	if marks >= flagsEnd || len(c.rest) > 0 {
 		c.failed = true
 	}
 	if c.failed {
@@ -271,9 +281,10 @@ func (c *cursor[T]) time() time.Time {
 
 // A head is what it takes to replace or index a record. Its bytes are the frame's own.
 type head struct {
-	scope, id []byte
-	status    Status
-	version   uint64
+	scope, id   []byte
+	status      Status
+	incarnation [16]byte
+	version     uint64
 }
 
 func (h *head) is(key Key) bool { return string(h.scope) == key.Scope && string(h.id) == key.ID }
@@ -301,8 +312,8 @@ func peek(frame []byte) (h head, err error) {
 		c.failed = true
 	}
 	c.bytes() // point
-	c.id()
-	c.id()
+	h.incarnation = c.id()
+	c.id() // fingerprint
 	h.version = c.uint()
 	if c.failed {
 		err = fmt.Errorf("%w: a record with a good checksum does not decode", ErrCorrupt)

@@ -65,6 +65,10 @@ func (m *machine[Tx]) tryStart(ctx context.Context, key Key, print [16]byte, req
 	case err != nil:
 		return nil, err
 	default:
+		// A run that is still under way has perhaps just written what was read, and does not know yet that it is on disk.
+		if r, err := e.join(m, key, print); r != nil || err != nil {
+			return r, err
+		}
 		if r, err := m.settled(stored, print); r != nil || err != nil {
 			return r, err
 		}
@@ -121,6 +125,7 @@ type journey[Tx any] struct {
 	record Record       // as stored
 	onExit func() error // how to go on when the goroutine ends under us
 	sent   time.Time    // when the next phase's effect may have been sent first, before the present attempt
+	resend bool         // it may be sent again all the same
 	inRun  int          // attempts at the next phase in this run
 	pause  time.Duration
 	err    error // of the last attempt, for the caller
@@ -211,11 +216,13 @@ func (j *journey[Tx]) takeUp() error {
 		if err := keys.Put(&stored); err != nil {
 			return err
 		}
-		j.sent, j.record = j.record.FirstTried, stored
+		j.sent, j.resend, j.record = j.record.FirstTried, j.record.Resend, stored
 		return nil
 	})
 	if errors.Is(err, errSettled) {
-		j.shared.replayed = j.record.Status == Answered
+		if j.shared.replayed = j.record.Status == Answered; j.shared.replayed {
+			j.observe(j.engine.observer.Replayed, nil)
+		}
 		j.err = errors.New(j.record.LastError)
 		return nil
 	}
@@ -267,7 +274,7 @@ func (j *journey[Tx]) resumption(r Record) ([]event, error) {
 // advance makes one attempt at the next phase, with what follows from it.
 func (j *journey[Tx]) advance() error {
 	if !j.rest() {
-		return j.rewrite(event{kind: release, at: now(), first: j.sent})
+		return j.rewrite(event{kind: release, at: now(), first: j.sent, resend: j.resend})
 	}
 	i, _, err := j.next(j.record)
 	if err != nil {
@@ -277,7 +284,11 @@ func (j *journey[Tx]) advance() error {
 	if p.effect == nil || j.record.Acted {
 		return j.commit(leg{from: i, state: j.record.State, stop: len(j.phases)})
 	}
-	switch j.engine.rules.plan(p, j.sent, now()) {
+	sent := j.sent
+	if j.resend {
+		sent = time.Time{}
+	}
+	switch j.engine.rules.plan(p, sent, now()) {
 	case dontKnow:
 		return j.stall(Indeterminate, errors.New("the effect may have happened, and must not happen twice"))
 	case forgotten:
@@ -305,9 +316,7 @@ func (j *journey[Tx]) rest() bool {
 // act runs the effect of phase i and commits what it found.
 func (j *journey[Tx]) act(i int) error {
 	began := time.Now()
-	state, err := j.outside(i, func(ctx context.Context, token string, s any) error {
-		return j.phases[i].effect(ctx, token, s)
-	})
+	state, err := j.outside(i, j.phases[i].effect, j.effectFailed)
 	if err != nil {
 		return j.effectFailed(i, state, err)
 	}
@@ -317,13 +326,14 @@ func (j *journey[Tx]) act(i int) error {
 // reconcile asks what became of the effect of phase i.
 func (j *journey[Tx]) reconcile(i int) error {
 	var outcome Outcome
-	state, err := j.outside(i, func(ctx context.Context, token string, s any) (err error) {
+	ask := func(ctx context.Context, token string, s any) (err error) {
 		outcome, err = j.phases[i].reconcile(ctx, token, s)
 		return err
-	})
+	}
+	state, err := j.outside(i, ask, j.askingFailed)
 	switch {
 	case err != nil:
-		return j.effectFailed(i, state, err)
+		return j.askingFailed(i, state, err)
 	case outcome == Done:
 		return j.commit(leg{from: i, state: state, acted: true, stop: len(j.phases)})
 	case outcome == NotDone:
@@ -333,8 +343,8 @@ func (j *journey[Tx]) reconcile(i int) error {
 }
 
 // outside calls a phase's function outside every transaction, with a copy of the state of its own, and returns
-// the state as the function left it.
-func (j *journey[Tx]) outside(i int, fn func(ctx context.Context, token string, s any) error) ([]byte, error) {
+// the state as the function left it. When the function ends the goroutine, failed says how to go on.
+func (j *journey[Tx]) outside(i int, fn func(ctx context.Context, token string, s any) error, failed func(int, []byte, error) error) ([]byte, error) {
 	s := j.fresh()
 	if err := decodeEncoded(j.record.State, s); err != nil {
 		return nil, err
@@ -345,7 +355,7 @@ func (j *journey[Tx]) outside(i int, fn func(ctx context.Context, token string, 
 		ctx, cancel = context.WithTimeout(ctx, p.timeout)
 	}
 	defer cancel()
-	j.onExit = func() error { return j.effectFailed(i, j.record.State, errGoexit) }
+	j.onExit = func() error { return failed(i, j.record.State, errGoexit) }
 	err := j.guarded(func() error {
 		return fn(ctx, j.engine.rules.token(j.engine.id, j.record.Incarnation, j.record.Begun), s)
 	})
@@ -376,7 +386,18 @@ func (j *journey[Tx]) panicked(v any) error {
 
 // effectFailed does what the phase's policy says about an error of its effect.
 func (j *journey[Tx]) effectFailed(i int, state []byte, err error) error {
-	p := &j.phases[i]
+	return j.failed(i, &j.phases[i], state, err)
+}
+
+// askingFailed deals with an error of Reconcile: what became of the effect is still open, so that it can be neither
+// ignored nor, unless it is marked as final, an answer.
+func (j *journey[Tx]) askingFailed(i int, state []byte, err error) error {
+	p := j.phases[i]
+	p.onError = Retry
+	return j.failed(i, &p, state, err)
+}
+
+func (j *journey[Tx]) failed(i int, p *phase[Tx], state []byte, err error) error {
 	var final *finalMark
 	if j.engine.ctx.Err() != nil && !errors.As(err, &final) { // a shutdown is not a failure
 		return j.rewrite(event{kind: release, at: now(), sent: true})
@@ -428,7 +449,7 @@ func (j *journey[Tx]) rewrite(events ...event) error {
 
 // turn takes over what was committed without a point being reached.
 func (j *journey[Tx]) turn(r Record) {
-	j.record, j.sent = r, r.FirstTried
+	j.record, j.sent, j.resend = r, r.FirstTried, false
 	j.inRun++
 	j.tell(j.err)
 }
@@ -519,7 +540,7 @@ func (t *trip[Tx]) transact(tx Tx) error {
 	if err != nil {
 		return err
 	}
-	t.engine.openOutbox(tx, &t.staged)
+	t.engine.openOutbox(tx, &outbox{owner: t.shared.key, staged: &t.staged})
 	defer t.engine.closeOutbox(tx)
 	end, state, err := t.phasesIn(tx)
 	if err != nil {
@@ -572,7 +593,7 @@ func (t *trip[Tx]) phasesIn(tx Tx) (end int, state []byte, err error) {
 			}
 			last = i
 			if err := t.commitPhase(i, tx, s); err != nil {
-				return i, nil, t.failed(i, err, s)
+				return i, nil, t.halted(i, err, s)
 			}
 		}
 		t.took = append(t.took, time.Since(began))
@@ -581,13 +602,13 @@ func (t *trip[Tx]) phasesIn(tx Tx) (end int, state []byte, err error) {
 		return i, t.leg.state, nil
 	}
 	if state, err = encodeState(s, t.limit()); err != nil {
-		return i, nil, t.failed(last, err, s)
+		return i, nil, t.halted(last, err, s)
 	}
 	return i, state, nil
 }
 
-// failed keeps the state as a failing phase left it, for a refusal to answer with.
-func (t *trip[Tx]) failed(i int, err error, s any) error {
+// halted keeps the state as a failing phase left it, for a refusal to answer with.
+func (t *trip[Tx]) halted(i int, err error, s any) error {
 	state, encodeErr := encodeState(s, t.limit())
 	if encodeErr != nil {
 		state = t.leg.state
@@ -682,6 +703,7 @@ func (j *journey[Tx]) arrive(t *trip[Tx], took time.Duration) {
 	} else {
 		j.record, j.sent, j.inRun, j.err = t.next, time.Time{}, 1, nil
 	}
+	j.resend = false
 	j.report(t, before, created, took)
 }
 

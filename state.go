@@ -121,6 +121,7 @@ type Record struct {
 	Begun      RecoveryPoint // the point that it reaches, as it was named when it began; empty: it has not
 	Attempts   int           // attempts begun
 	FirstTried time.Time     // when its effect may have been sent for the first time; zero: it never was
+	Resend     bool          // an operator's word that the effect may be sent again
 	Acted      bool          // its effect is done and part of State; only its commit is owed
 	Due        time.Time     // of a waiting key: when the engine takes it up by itself
 	ParkReason ParkReason
@@ -174,6 +175,7 @@ type event struct {
 	err         string        // fail, reach (ignored), park, refuse, abandon
 	sent        bool          // try: there is an effect to send; release: it may have been sent
 	first       time.Time     // release: when an earlier attempt may have sent it
+	resend      bool          // release: whether it might be sent again all the same
 	asks        bool          // retry: the phase has a Reconcile to ask
 }
 
@@ -250,8 +252,8 @@ var transitions = []transition{
 		func(r *Record, e event) error {
 			r.Attempts++
 			r.Begun = cmp.Or(r.Begun, e.point)
-			if e.sent && r.FirstTried.IsZero() {
-				r.FirstTried = e.at
+			if e.sent && (r.FirstTried.IsZero() || r.Resend) {
+				r.FirstTried, r.Resend = e.at, false
 			}
 			return nil
 		}},
@@ -284,7 +286,7 @@ var transitions = []transition{
 			r.Status, r.Due = Waiting, e.at
 			r.Attempts = max(0, r.Attempts-1)
 			if !e.sent {
-				r.FirstTried = e.first
+				r.FirstTried, r.Resend = e.first, e.resend
 			}
 			if r.Attempts == 0 && r.FirstTried.IsZero() {
 				r.Begun = ""
@@ -312,9 +314,8 @@ var transitions = []transition{
 	{retry, []Status{Parked}, []Status{Waiting},
 		"An operator lets the key go on, with its attempts counted anew.",
 		func(r *Record, e event) error {
-			if unsure := r.ParkReason == Indeterminate || r.ParkReason == TokenExpired; unsure && !e.asks {
-				r.FirstTried = time.Time{} // the operator's word that the effect may be sent again
-			}
+			unsure := r.ParkReason == Indeterminate || r.ParkReason == TokenExpired
+			r.Resend = unsure && !e.asks && !r.FirstTried.IsZero()
 			r.Status, r.Due, r.ParkReason, r.Attempts = Waiting, e.at, "", 0
 			return nil
 		}},
@@ -394,7 +395,7 @@ func (r *Record) conclude(e event) {
 
 // begin wipes what was about the phase before.
 func (r *Record) begin() {
-	r.Begun, r.Attempts, r.FirstTried, r.Acted = "", 0, time.Time{}, false
+	r.Begun, r.Attempts, r.FirstTried, r.Resend, r.Acted = "", 0, time.Time{}, false, false
 }
 
 // expired says whether a finished key has served its time.
@@ -404,13 +405,17 @@ func (r Record) expired(now time.Time, retention time.Duration) bool {
 
 // clip bounds what is stored of an error's text: 1 KiB, valid UTF-8.
 func clip(s string) string {
-	const limit = 1 << 10
+	const limit, ellipsis = 1 << 10, "…"
 	if len(s) > limit {
 		s = s[:limit]
-		for len(s) > 0 && !utf8.RuneStart(s[len(s)-1]) {
-			s = s[:len(s)-1]
-		}
-		s = s[:len(s)-1] + "…"
 	}
-	return strings.ToValidUTF8(s, "\uFFFD")
+	s = strings.ToValidUTF8(s, "?")
+	if len(s) < limit {
+		return s
+	}
+	s = s[:limit-len(ellipsis)]
+	for !utf8.ValidString(s) {
+		s = s[:len(s)-1]
+	}
+	return s + ellipsis
 }

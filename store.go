@@ -28,14 +28,14 @@ type Keys interface {
 	// Get returns the record of a key, or [ErrNotFound].
 	Get(Key) (Record, error)
 
-	// Put stores r if the stored record's version is r.Version (0: there is none), and increments it; otherwise it
-	// returns [ErrFenced]. A record that becomes finished gets the next Sequence.
+	// Put stores r if the stored record has its Incarnation and Version (Version 0: there is none), and increments the Version;
+	// otherwise it returns [ErrFenced]. A record that becomes finished gets the next Sequence.
 	Put(r *Record) error
 
-	// Delete removes a finished record if the stored one has the same version; otherwise it returns [ErrFenced].
+	// Delete removes a finished record if the stored one has the same Incarnation and Version; otherwise it returns [ErrFenced].
 	Delete(r Record) error
 
-	// Unfinished lists records that are not finished, ordered by key (scope, then ID), after the given one.
+	// Unfinished lists records that are not finished, in an order of the store's own that does not change, after the given key.
 	Unfinished(after Key, limit int) ([]Record, error)
 
 	// Finished lists finished records in the order of finishing, after the given Sequence.
