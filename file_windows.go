@@ -2,15 +2,38 @@ package keystate
 
 import (
 	"errors"
+	"math"
 	"os"
 	"strings"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/windows"
 )
 
-// bbolt locks the file itself when it opens it; a second lock of the same handle would get in its way.
-func lockFile(*os.File, time.Duration) error { return nil }
-func unlockFile(*os.File)                    {}
+// lockFile takes a lock of our own, on the byte before the one that bbolt locks: a second lock on that one would get
+// in bbolt's way, and before bbolt has its lock we read the file and write its meta pages anew.
+func lockFile(f *os.File, timeout time.Duration) error {
+	for deadline := time.Now().Add(timeout); ; time.Sleep(5 * time.Millisecond) {
+		err := windows.LockFileEx(windows.Handle(f.Fd()), windows.LOCKFILE_EXCLUSIVE_LOCK|windows.LOCKFILE_FAIL_IMMEDIATELY, 0, 1, 0, lockedByte())
+		switch {
+		case err == nil:
+			return nil
+		case err != windows.ERROR_LOCK_VIOLATION:
+			return &os.PathError{Op: "lock", Path: f.Name(), Err: err}
+		case !time.Now().Before(deadline):
+			return ErrLocked
+		}
+	}
+}
+
+func unlockFile(f *os.File) {
+	_ = windows.UnlockFileEx(windows.Handle(f.Fd()), 0, 1, 0, lockedByte())
+}
+
+func lockedByte() *windows.Overlapped {
+	return &windows.Overlapped{Offset: math.MaxUint32 - 1, OffsetHigh: math.MaxUint32}
+}
 
 // syncDir does nothing: NTFS journals its directories.
 func syncDir(string) error { return nil }
