@@ -25,6 +25,10 @@ import (
 // maxGroup bounds a transaction, so that those who come later are not kept waiting.
 const maxGroup = 1024
 
+// patience is the part of a commit's time, one in so many, for which the next one is held back while others are
+// about to join. More makes larger groups, and leaves the disk idle.
+const patience = 8
+
 // maxArena is what the committer keeps of the memory for records from group to group.
 const maxArena = 4 << 20
 
@@ -50,8 +54,10 @@ type committer struct {
 	wake  chan struct{} // holds a token while the line may have members
 	ended chan struct{} // closed when the committer has stopped
 
-	turn   sync.Mutex // held by whoever commits
-	lonely bool       // the last group had one member; guarded by turn
+	turn   sync.Mutex    // held by whoever commits
+	lonely bool          // the last group had one member; guarded by turn, as are the next two
+	took   time.Duration // by the last group
+	about  int           // how many were in the last group, or in line when it was answered
 
 	mu      sync.Mutex
 	line    []*member
@@ -227,16 +233,15 @@ func (c *committer) isClosed() bool {
 	return c.closed && len(c.line) == 0
 }
 
-// gather takes everybody in line, or nil. It first lets those run who are about to join, until the line stops
-// growing: without that, a convoy forms that shares each sync among half as many.
+// gather takes everybody in line, or nil. It first lets those run who are about to join: until as many are in line as
+// were about when the last group was answered, or a part of the time has gone by that the last commit took. Without that, a
+// convoy forms that shares each sync among half as many.
 func (c *committer) gather() *group {
-	for n := -1; ; {
+	for until := time.Now().Add(c.took / patience); ; {
 		c.mu.Lock()
-		grown := len(c.line)
-		if grown <= n || grown >= maxGroup {
+		if n := len(c.line); n == 0 || n >= min(c.about, maxGroup) || time.Now().After(until) {
 			break
 		}
-		n = grown
 		c.mu.Unlock()
 		runtime.Gosched()
 	}
@@ -265,10 +270,14 @@ func (c *committer) settle(g *group) {
 			g.expel()
 		}
 	}
-	if len(g.members) > 0 && err == nil {
-		c.told(Event{Size: len(g.members), Took: time.Since(g.began)})
+	size := len(g.members) + len(g.failed)
+	if c.took = time.Since(g.began); len(g.members) > 0 && err == nil {
+		c.told(Event{Size: len(g.members), Took: c.took})
 	}
 	g.answer(err)
+	c.mu.Lock()
+	c.about = size + len(c.line)
+	c.mu.Unlock()
 }
 
 // errSpoiled rolls a transaction back.

@@ -161,6 +161,7 @@ type Engine[Tx any] struct {
 	cancel    context.CancelFunc
 	commitCtx context.Context // what a Commit gets
 	slots     chan struct{}
+	idle      chan func()    // hands a run to a goroutine that has ended another
 	dueNow    chan struct{}  // holds a token when due may have a key for the engine to take up
 	helpers   sync.WaitGroup // the engine's own goroutines
 	finished  atomic.Int64   // keys finished since the last reaping
@@ -224,6 +225,7 @@ func newEngine[Tx any](store Store[Tx], opts *Options, rules rules[Tx]) (*Engine
 	e := &Engine[Tx]{
 		store: store, opts: o, observer: *o.Observer, log: o.Logger, rules: rules,
 		slots:    make(chan struct{}, o.MaxRuns),
+		idle:     make(chan func()),
 		dueNow:   make(chan struct{}, 1),
 		machines: map[string]*machine[Tx]{}, runs: map[Key]*run{}, due: newDueQueue(),
 		changed: make(chan struct{}), outboxes: map[any]*outbox{}, readers: map[*reader]struct{}{},
@@ -430,6 +432,25 @@ func (e *Engine[Tx]) outboxOf(tx Tx) *outbox {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return e.outboxes[tx]
+}
+
+// spawn runs fn on a goroutine. Those that have ended a run wait for another, since a new one would first have to grow its
+// stack; there are never more than there were runs at a time.
+func (e *Engine[Tx]) spawn(fn func()) {
+	select {
+	case e.idle <- fn:
+	default:
+		go func() {
+			for fn != nil {
+				fn()
+				select {
+				case fn = <-e.idle:
+				case <-e.ctx.Done():
+					return
+				}
+			}
+		}()
+	}
 }
 
 // enqueueStaged lets the engine take up what a commit has staged.

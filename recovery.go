@@ -222,7 +222,8 @@ func (e *Engine[Tx]) resumeDue() time.Duration {
 		r := &run{key: d.key, machine: d.machine, print: d.print, claimed: make(chan struct{}), done: make(chan struct{})}
 		e.runs[d.key] = r
 		e.resuming++
-		go e.machines[d.machine].travel(r, nil)
+		m := e.machines[d.machine]
+		e.spawn(func() { m.travel(r, nil) })
 	}
 	return time.Hour
 }

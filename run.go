@@ -81,7 +81,7 @@ func (m *machine[Tx]) tryStart(ctx context.Context, key Key, print [16]byte, req
 		e.freeSlot()
 		return r, err
 	}
-	go m.travel(r, request)
+	e.spawn(func() { m.travel(r, request) })
 	return r, nil
 }
 
