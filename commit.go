@@ -25,9 +25,9 @@ import (
 // maxGroup bounds a transaction, so that those who come later are not kept waiting.
 const maxGroup = 1024
 
-// patience is the part of a commit's time, one in so many, for which the next one is held back while others are
-// about to join. More makes larger groups, and leaves the disk idle.
-const patience = 8
+// patience is how often the committer yields to others who may be about to join while nobody does. More makes larger groups,
+// and leaves the disk idle; it costs some microseconds where nobody comes.
+const patience = 100
 
 // maxArena is what the committer keeps of the memory for records from group to group.
 const maxArena = 4 << 20
@@ -54,13 +54,12 @@ type committer struct {
 	wake  chan struct{} // holds a token while the line may have members
 	ended chan struct{} // closed when the committer has stopped
 
-	turn   sync.Mutex    // held by whoever commits
-	lonely bool          // the last group had one member; guarded by turn, as are the next two
-	took   time.Duration // by the last group
-	about  int           // how many were in the last group, or in line when it was answered
+	turn   sync.Mutex // held by whoever commits
+	lonely bool       // the last group had one member; guarded by turn
 
 	mu      sync.Mutex
 	line    []*member
+	about   int // how many were in the last group, or in line when it was answered
 	closed  bool
 	started bool
 	present atomic.Pointer[group] // what is being committed
@@ -234,12 +233,15 @@ func (c *committer) isClosed() bool {
 }
 
 // gather takes everybody in line, or nil. It first lets those run who are about to join: until as many are in line as
-// were about when the last group was answered, or a part of the time has gone by that the last commit took. Without that, a
-// convoy forms that shares each sync among half as many.
+// were about when the last group was answered, or nobody joins any more. Without that, a convoy forms that shares each
+// sync among half as many.
 func (c *committer) gather() *group {
-	for until := time.Now().Add(c.took / patience); ; {
+	for n, still := 0, 0; ; still++ {
 		c.mu.Lock()
-		if n := len(c.line); n == 0 || n >= min(c.about, maxGroup) || time.Now().After(until) {
+		if len(c.line) > n {
+			n, still = len(c.line), 0
+		}
+		if n == 0 || n >= min(c.about, maxGroup) || still >= patience {
 			break
 		}
 		c.mu.Unlock()
@@ -271,8 +273,8 @@ func (c *committer) settle(g *group) {
 		}
 	}
 	size := len(g.members) + len(g.failed)
-	if c.took = time.Since(g.began); len(g.members) > 0 && err == nil {
-		c.told(Event{Size: len(g.members), Took: c.took})
+	if len(g.members) > 0 && err == nil {
+		c.told(Event{Size: len(g.members), Took: time.Since(g.began)})
 	}
 	g.answer(err)
 	c.mu.Lock()

@@ -245,7 +245,7 @@ func newEngine[Tx any](store Store[Tx], opts *Options, rules rules[Tx]) (*Engine
 	}
 	e.helpers.Go(e.recover)
 	e.helpers.Go(e.reapForEver)
-	e.helpers.Go(e.watchReaders)
+	e.helpers.Go(e.watch)
 	return e, nil
 }
 

@@ -1073,6 +1073,70 @@ func TestAFinishedKeyIsReapedAfterItsRetentionAndThenANewRequest(t *testing.T) {
 	})
 }
 
+func TestKeysOfAMachineThatNobodyRegistersAreLogged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		path, _ := interrupted(t, asIs)
+		var log bytes.Buffer
+		e := open(t, path, &Options{Logger: slog.New(slog.NewTextHandler(&log, nil))})
+		time.Sleep(time.Minute)
+		if err := e.Close(); err != nil || !strings.Contains(log.String(), "machine=transfer keys=1") {
+			t.Errorf("%v, logged %q", err, log.String())
+		}
+	})
+}
+
+func TestAPhaseCannotEndItsTransactionByItself(t *testing.T) {
+	e := open(t, storePath(t), nil)
+	phases := three(nil)
+	phases[0].OnError = Fail
+	phases[0].Commit = func(ctx context.Context, tx *bbolt.Tx, s *transfer) error {
+		return errors.Join(note("reserved")(ctx, tx, s), tx.Commit())
+	}
+	_, err := register(t, e, phases...).Do(ctx, ada, request)
+	var final *FinalError
+	if !errors.As(err, &final) || notes(t, e, "reserved") != 0 {
+		t.Errorf("got %v", err)
+	}
+	checkStore(t, e)
+}
+
+func TestAKeyCannotStageItself(t *testing.T) {
+	e := open(t, storePath(t), nil)
+	var m *Machine[transfer]
+	m = register(t, e, transferPhase{To: Finished, OnError: Fail, Commit: func(_ context.Context, tx *bbolt.Tx, s *transfer) error {
+		return Stage(tx, m, ada, *s)
+	}})
+	if _, err := m.Do(ctx, ada, request); err == nil || !strings.Contains(err.Error(), "would stage itself") {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestAnErrorOfReconcileIsNeitherIgnoredNorAnAnswer(t *testing.T) {
+	for _, policy := range []ErrorPolicy{Fail, Ignore} {
+		synctest.Test(t, func(t *testing.T) {
+			path, _ := interrupted(t, asIs)
+			e := open(t, path, nil)
+			asked := 0
+			var p processor
+			phases := three(p.pay)
+			phases[1].OnError = policy
+			phases[1].Reconcile = func(context.Context, string, *transfer) (Outcome, error) {
+				if asked++; asked < 3 {
+					return Unknown, errDown
+				}
+				return Done, nil
+			}
+			register(t, e, phases...)
+			if err := e.Resume(ctx); err != nil {
+				t.Fatal(err)
+			}
+			if r := record(t, e, ada); asked != 3 || len(p.tokens()) != 0 || r.Refusal != nil || r.History[2].Ignored != "" {
+				t.Errorf("asked %d times, %+v", asked, r)
+			}
+		})
+	}
+}
+
 func TestAParkedKeyMayBeAbandoned(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := open(t, storePath(t), nil)
@@ -1499,6 +1563,53 @@ func intact(t *testing.T, what string, e *Engine[*bbolt.Tx]) {
 	}
 	if r, err := e.Key(ctx, Key{"eve", "1"}); err != nil || r.Status != Waiting {
 		t.Errorf("%s: eve: %v, %s", what, err, r.Status)
+	}
+}
+
+func TestWhatACrashLeavesOfACreationIsSweptUp(t *testing.T) {
+	path := storePath(t)
+	old, young, other := filepath.Join(filepath.Dir(path), ".keys.db.creating-1"), filepath.Join(filepath.Dir(path), ".keys.db.creating-2"), filepath.Join(filepath.Dir(path), ".keys.creating-3")
+	for _, draft := range []string{old, young, other} {
+		if err := os.WriteFile(draft, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, draft := range []string{old, other} {
+		if err := os.Chtimes(draft, time.Time{}, time.Now().Add(-2*time.Hour)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	open(t, path, nil)
+	for draft, kept := range map[string]bool{old: false, young: true, other: true} {
+		if _, err := os.Stat(draft); kept != (err == nil) {
+			t.Errorf("%s: kept %v", draft, err == nil)
+		}
+	}
+}
+
+func TestTheWorkingDirectoryMayChange(t *testing.T) {
+	t.Chdir(t.TempDir())
+	e := open(t, "keys.db", nil)
+	m := register(t, e, three(nil)...)
+	t.Chdir(t.TempDir())
+	if _, err := m.Do(ctx, ada, request); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestNothingIsReadAfterClose(t *testing.T) {
+	e := open(t, storePath(t), nil)
+	if err := e.Close(); err != nil {
+		t.Fatal(err)
+	}
+	_, err1 := e.Key(ctx, ada)
+	_, err2 := e.Stats(ctx)
+	err3 := e.View(ctx, func(*bbolt.Tx) error { return nil })
+	err4 := e.Update(ctx, func(*bbolt.Tx) error { return nil })
+	for i, err := range []error{err1, err2, err3, err4} {
+		if !errors.Is(err, ErrClosed) {
+			t.Errorf("%d: got %v", i+1, err)
+		}
 	}
 }
 

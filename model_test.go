@@ -10,7 +10,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"testing"
 	"time"
 
 	"go.etcd.io/bbolt"
@@ -1021,16 +1020,16 @@ func (s *sightings) note(what string) {
 	s.count[what]++
 }
 
-// require fails the test for everything that should have happened and never did.
-func (s *sightings) require(t *testing.T, whats ...string) {
-	t.Helper()
+// missing are those that never happened.
+func (s *sightings) missing(whats []string) (never []string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, what := range whats {
 		if s.count[what] == 0 {
-			t.Errorf("never seen: %s", what)
+			never = append(never, what)
 		}
 	}
+	return never
 }
 
 func (s *sightings) String() string {

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"strings"
 	"time"
 
 	"go.etcd.io/bbolt"
@@ -39,6 +40,7 @@ func openBolt(path string, o Options) (*boltStore, error) {
 			f.Close()
 			return nil, fmt.Errorf("%w (%s)", err, path)
 		}
+		sweepDrafts(path)
 		s := newBoltStore(db, path)
 		s.file = f
 		return s, nil
@@ -183,7 +185,7 @@ func createFile(path string, fill func(*bbolt.DB) error) error {
 	if dir == "" {
 		dir = "."
 	}
-	draft, err := os.CreateTemp(dir, "."+base+".creating-*")
+	draft, err := os.CreateTemp(dir, "."+base+draftSuffix+"*")
 	if err != nil {
 		return fmt.Errorf("keystate: %w", err)
 	}
@@ -208,6 +210,21 @@ func createFile(path string, fill func(*bbolt.DB) error) error {
 		return fmt.Errorf("keystate: %w", err)
 	}
 	return nil
+}
+
+const draftSuffix = ".creating-"
+
+// sweepDrafts removes what a crash during the making of the file at path has left beside it.
+func sweepDrafts(path string) {
+	const age = time.Hour // since its last write, after which nobody is making it any more
+	dir, base := filepath.Split(path)
+	drafts, _ := os.ReadDir(filepath.Clean(dir + "."))
+	for _, d := range drafts {
+		info, err := d.Info()
+		if err == nil && strings.HasPrefix(d.Name(), "."+base+draftSuffix) && time.Since(info.ModTime()) > age {
+			_ = os.Remove(filepath.Join(dir, d.Name()))
+		}
+	}
 }
 
 // Backup writes a copy of the store, as it is at this moment, to w, while the engine goes on. What is written is

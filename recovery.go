@@ -377,24 +377,50 @@ func (e *Engine[Tx]) reap(records []Record) error {
 	})
 }
 
-// watchReaders warns of Views that stay open: the file cannot reuse pages under them.
-func (e *Engine[Tx]) watchReaders() {
-	const long = 10 * time.Second
-	t := time.NewTicker(long)
+// watch warns of what an operator should know and nobody may have noticed, until the engine closes.
+func (e *Engine[Tx]) watch() {
+	const look, settled = 10 * time.Second, 3 // looks until every machine should have been registered
+	t := time.NewTicker(look)
 	defer t.Stop()
-	for {
+	for n := 1; ; n++ {
 		select {
 		case <-t.C:
 		case <-e.ctx.Done():
 			return
 		}
-		e.mu.Lock()
-		for r := range e.readers {
-			if open := time.Since(r.since); open >= long && !r.warned {
-				r.warned = true
-				e.log.Warn("keystate: a View stays open and keeps the file from reusing pages", "caller", r.caller, "open", open)
-			}
+		e.warnOfReaders(look)
+		if n == settled {
+			e.warnOfOrphans()
 		}
-		e.mu.Unlock()
+	}
+}
+
+// warnOfReaders names Views that stay open: the file cannot reuse pages under them.
+func (e *Engine[Tx]) warnOfReaders(long time.Duration) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for r := range e.readers {
+		if open := time.Since(r.since); open >= long && !r.warned {
+			r.warned = true
+			e.log.Warn("keystate: a View stays open and keeps the file from reusing pages", "caller", r.caller, "open", open)
+		}
+	}
+}
+
+// warnOfOrphans names machines with unfinished keys that nobody has registered.
+func (e *Engine[Tx]) warnOfOrphans() {
+	orphans := map[string]int{}
+	e.pages(e.ctx, unfinishedPage, func(r Record, err error) bool {
+		if err == nil {
+			orphans[r.Machine]++
+		}
+		return err == nil
+	})
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for machine, keys := range orphans {
+		if e.machines[machine] == nil {
+			e.log.Warn("keystate: unfinished keys belong to a machine that is not registered", "machine", machine, "keys", keys)
+		}
 	}
 }
