@@ -27,7 +27,7 @@ const maxGroup = 1024
 
 // patience is how often the committer yields to others who may be about to join while nobody does. More makes larger groups,
 // and leaves the disk idle; it costs some microseconds where nobody comes.
-const patience = 100
+const patience = 30
 
 // maxArena is what the committer keeps of the memory for records from group to group.
 const maxArena = 4 << 20
