@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
 	"pgregory.net/rapid"
 )
 
@@ -494,13 +495,13 @@ func randomTx(choose func(n int) int, actions int) func(*bbolt.Tx) error {
 			case 6:
 				_, err = b.NextSequence()
 			case 7:
-				if err = b.DeleteBucket(numbered(first, 3)); errors.Is(err, bbolt.ErrBucketNotFound) {
+				if err = b.DeleteBucket(numbered(first, 3)); errors.Is(err, berrors.ErrBucketNotFound) {
 					err = nil
 				}
 			case 8:
 				to := create(tx, []string{"a", "b", "c"}[choose(3)])
 				err = tx.MoveBucket(numbered(first, 3), b, to)
-				if errors.Is(err, bbolt.ErrBucketNotFound) || errors.Is(err, bbolt.ErrBucketExists) ||
+				if errors.Is(err, berrors.ErrBucketNotFound) || errors.Is(err, berrors.ErrBucketExists) ||
 					err != nil && strings.Contains(err.Error(), "same bucket") {
 					err = nil
 				}
