@@ -232,7 +232,8 @@ type boltKeys struct {
 	ledger                  ledger
 	reading                 bool // in a read transaction
 	changed                 bool
-	scratch                 []byte
+	scratch                 []byte // for keys; at first it is short
+	short                   [128]byte
 	arena                   []byte // what Put hands to bbolt, which keeps it until the commit
 	last                    *found // memo of the last lookup: a Put mostly follows its Get
 }
@@ -262,6 +263,7 @@ func newBoltKeys(tx *bbolt.Tx, id [16]byte) (*boltKeys, error) {
 // newBoltReader gives access for reading; it opens what it is asked for.
 func newBoltReader(tx *bbolt.Tx, id [16]byte) (*boltKeys, error) {
 	k := &boltKeys{id: id, root: tx.Bucket(bucketRoot), reading: true}
+	k.scratch = k.short[:0]
 	if k.root == nil {
 		return nil, missing(bucketRoot)
 	}
@@ -345,13 +347,15 @@ func (k *boltKeys) find(key Key) (*found, error) {
 		return k.last, nil
 	}
 	f := &found{key: key}
-	first, second := k.findLive, k.findDone
-	if k.reading { // mostly for replays
-		first, second = second, first
+	var err error
+	if k.reading { // mostly for replays, so the finished ones come first
+		err = k.findDone(f)
 	}
-	err := first(f)
 	if err == nil && f.frame == nil {
-		err = second(f)
+		err = k.findLive(f)
+	}
+	if err == nil && f.frame == nil && !k.reading {
+		err = k.findDone(f)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", key, err)

@@ -7,23 +7,16 @@ import (
 	"os"
 	"strings"
 	"syscall"
-	"time"
 )
 
-// lockFile takes the lock that bbolt takes too. A file description shares one lock, so bbolt's own call
+// tryLock takes the lock that bbolt takes too, if it is free. A file description shares one lock, so bbolt's own call
 // on the same *os.File succeeds at once.
-func lockFile(f *os.File, timeout time.Duration) error {
-	for deadline := time.Now().Add(timeout); ; time.Sleep(5 * time.Millisecond) {
-		err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
-		switch {
-		case err == nil:
-			return nil
-		case err != syscall.EWOULDBLOCK && err != syscall.EINTR:
-			return &os.PathError{Op: "lock", Path: f.Name(), Err: err}
-		case !time.Now().Before(deadline):
-			return ErrLocked
-		}
+func tryLock(f *os.File) (free bool, err error) {
+	err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+	if err == syscall.EWOULDBLOCK || err == syscall.EINTR {
+		return false, nil
 	}
+	return err == nil, err
 }
 
 func unlockFile(f *os.File) { _ = syscall.Flock(int(f.Fd()), syscall.LOCK_UN) }

@@ -6,25 +6,18 @@ import (
 	"os"
 	"strings"
 	"syscall"
-	"time"
 
 	"golang.org/x/sys/windows"
 )
 
-// lockFile takes a lock of our own, on the byte before the one that bbolt locks: a second lock on that one would get
+// tryLock takes a lock of our own, on the byte before the one that bbolt locks: a second lock on that one would get
 // in bbolt's way, and before bbolt has its lock we read the file and write its meta pages anew.
-func lockFile(f *os.File, timeout time.Duration) error {
-	for deadline := time.Now().Add(timeout); ; time.Sleep(5 * time.Millisecond) {
-		err := windows.LockFileEx(windows.Handle(f.Fd()), windows.LOCKFILE_EXCLUSIVE_LOCK|windows.LOCKFILE_FAIL_IMMEDIATELY, 0, 1, 0, lockedByte())
-		switch {
-		case err == nil:
-			return nil
-		case err != windows.ERROR_LOCK_VIOLATION:
-			return &os.PathError{Op: "lock", Path: f.Name(), Err: err}
-		case !time.Now().Before(deadline):
-			return ErrLocked
-		}
+func tryLock(f *os.File) (free bool, err error) {
+	err = windows.LockFileEx(windows.Handle(f.Fd()), windows.LOCKFILE_EXCLUSIVE_LOCK|windows.LOCKFILE_FAIL_IMMEDIATELY, 0, 1, 0, lockedByte())
+	if err == windows.ERROR_LOCK_VIOLATION {
+		return false, nil
 	}
+	return err == nil, err
 }
 
 func unlockFile(f *os.File) {

@@ -198,11 +198,19 @@ func (r *Run[S]) Wait(ctx context.Context) (S, error) {
 	}
 	err := r.run.err
 	if record := &r.run.record; record.Status == Answered && err == nil {
-		if err = decodeState(record.State, &s); err == nil && record.Refusal != nil {
+		if err = r.decode(&s); err == nil && record.Refusal != nil {
 			err = finalError(record)
 		}
 	}
 	return s, err
+}
+
+// decode fills s with the answer. What this process has encoded itself need not be looked through first.
+func (r *Run[S]) decode(s *S) error {
+	if r.run.replayed {
+		return decodeState(r.run.record.State, s)
+	}
+	return decodeEncoded(r.run.record.State, s)
 }
 
 func finalError(r *Record) error {

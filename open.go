@@ -77,6 +77,20 @@ func openFile(path string, mode int, timeout time.Duration) (*os.File, error) {
 	return f, nil
 }
 
+// lockFile waits until the file's lock is free and takes it.
+func lockFile(f *os.File, timeout time.Duration) error {
+	for deadline := time.Now().Add(timeout); ; time.Sleep(5 * time.Millisecond) {
+		switch free, err := tryLock(f); {
+		case err != nil:
+			return &os.PathError{Op: "lock", Path: f.Name(), Err: err}
+		case free:
+			return nil
+		case !time.Now().Before(deadline):
+			return ErrLocked
+		}
+	}
+}
+
 // openChecked checks the file's pages before bbolt maps them, and its records before anybody relies on them.
 func openChecked(f *os.File, verifyLimit int64) (*bbolt.DB, error) {
 	info, err := f.Stat()

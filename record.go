@@ -1,6 +1,7 @@
 package keystate
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -45,6 +46,7 @@ func (r *Record) UnmarshalBinary(b []byte) error {
 func appendRecord(b []byte, r *Record) []byte {
 	start := len(b)
 	b = append(b, make([]byte, frameSize)...)
+	b = append(binary.AppendUvarint(b, uint64(len(r.State))), r.State...)
 	b = appendString(b, r.Key.Scope)
 	b = appendString(b, r.Key.ID)
 	b = appendString(b, r.Machine)
@@ -75,8 +77,6 @@ func appendRecord(b []byte, r *Record) []byte {
 		b = binary.AppendUvarint(b, uint64(p.Attempts))
 		b = appendString(b, p.Ignored)
 	}
-	b = binary.AppendUvarint(b, uint64(len(r.State)))
-	b = append(b, r.State...)
 
 	frame := b[start:]
 	frame[0] = recordFormat
@@ -151,8 +151,11 @@ func decodeRecord(b []byte) (Record, error) {
 
 // decodeBody decodes a record whose frame is verified.
 func decodeBody(b []byte) (Record, error) {
-	c := cursor[string]{rest: string(b[frameSize:])} // one copy, which all strings share
+	front := cursor[[]byte]{rest: b[frameSize:]}
+	state := bytes.Clone(front.bytes())
+	c := cursor[string]{rest: string(front.rest), failed: front.failed} // one copy, which all strings share
 	r := Record{
+		State:       state,
 		Key:         Key{Scope: c.string(), ID: c.string()},
 		Machine:     c.string(),
 		Status:      Status(c.string()),
@@ -181,7 +184,6 @@ func decodeBody(b []byte) (Record, error) {
 	for i := range r.History {
 		r.History[i] = Passage{Point: RecoveryPoint(c.string()), At: c.time(), Attempts: c.count(math.MaxInt32), Ignored: c.string()}
 	}
-	r.State = []byte(c.bytes())
 	if marks >= flagsEnd || len(c.rest) > 0 {
 		c.failed = true
 	}
@@ -230,6 +232,11 @@ func (c *cursor[T]) take(n int) T {
 }
 
 func (c *cursor[T]) uint() uint64 {
+	if len(c.rest) > 0 && c.rest[0] < 0x80 { // mostly
+		v := c.rest[0]
+		c.rest = c.rest[1:]
+		return uint64(v)
+	}
 	var v uint64
 	for shift := uint(0); shift < 64; shift += 7 {
 		b := c.byte()
@@ -297,6 +304,7 @@ func peek(frame []byte) (h head, err error) {
 		return h, err
 	}
 	c := cursor[[]byte]{rest: frame[frameSize:]}
+	c.bytes() // state
 	h.scope, h.id = c.bytes(), c.bytes()
 	c.bytes() // machine
 	switch s := c.bytes(); string(s) {

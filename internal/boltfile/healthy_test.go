@@ -237,6 +237,19 @@ func (f failingReader) ReadAt(b []byte, offset int64) (int, error) {
 	return f.r.ReadAt(b, offset)
 }
 
+// boltdb/bolt gave a page that is just full another one.
+func TestARunIsAsLongAsItsContent(t *testing.T) {
+	for overflow, want := range []error{nil, nil, ErrDamaged} {
+		p := page{flags: leafFlag, count: 1, overflow: uint64(overflow), head: make([]byte, 1024)}
+		put32(p.head[pageHeaderSize:], 4, elementSize)
+		put32(p.head[pageHeaderSize:], 8, 1)
+		put32(p.head[pageHeaderSize:], 12, 1024-pageHeaderSize-elementSize-1)
+		if err := new(checker).scan(p, nil, nil); !errors.Is(err, want) {
+			t.Errorf("full page with %d more: %v", overflow, err)
+		}
+	}
+}
+
 // If this fails with a newer bbolt, good: then ErrLeaked's comment needs a word.
 func TestPagesThatBoltLeaksAreNotDamage(t *testing.T) {
 	image := build(t, bbolt.Options{PageSize: 1024},
