@@ -23,6 +23,7 @@ import (
 	"unsafe"
 
 	"go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
 	"go.uber.org/goleak"
 )
 
@@ -1610,6 +1611,143 @@ func TestNothingIsReadAfterClose(t *testing.T) {
 		if !errors.Is(err, ErrClosed) {
 			t.Errorf("%d: got %v", i+1, err)
 		}
+	}
+}
+
+func TestWhatAFailedCommitMeansIsReadFromItsError(t *testing.T) {
+	pathError := func(op string) error { return &fs.PathError{Op: op, Path: "keys.db", Err: fullDisk} }
+	for name, test := range map[string]struct{ err, want error }{
+		"a write without room":          {pathError("write"), ErrStorageFull},
+		"a sync without room":           {pathError("sync"), ErrOutcomeUnknown},
+		"a bare error number of a sync": {fullDisk, ErrOutcomeUnknown},
+		"a truncate without room":       {fmt.Errorf("file resize error: %s", pathError("truncate")), ErrStorageFull},
+		"a truncate that fails":         {errors.New("file resize error: input/output error"), ErrOutcomeUnknown},
+		"a sync after a truncate":       {fmt.Errorf("file sync error: %s", fullDisk), ErrOutcomeUnknown},
+		"bbolt's limit":                 {berrors.ErrMaxSizeReached, ErrStorageFull},
+		"a write that fails":            {&fs.PathError{Op: "write", Path: "keys.db", Err: errors.New("input/output error")}, ErrOutcomeUnknown},
+		"a closed database":             {berrors.ErrDatabaseNotOpen, ErrClosed},
+	} {
+		if got := commitError(test.err); !errors.Is(got, test.want) || !errors.Is(got, test.err) {
+			t.Errorf("%s: got %v", name, got)
+		}
+	}
+}
+
+func TestAFullDatabaseOfTheProgramsLosesNothing(t *testing.T) {
+	db, err := bbolt.Open(storePath(t), 0o600, &bbolt.Options{MaxSize: 256 << 10})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	e, err := New(Bolt(db), &Options{Logger: quiet})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	m := register(t, e, transferPhase{To: Finished, Commit: note("settled")})
+	done := 0
+	for ; done < 10_000; done++ {
+		if _, err = m.Do(ctx, Key{"ada", fmt.Sprint(done)}, transfer{From: "ada", Payout: strings.Repeat("x", 300)}); err != nil {
+			break
+		}
+	}
+	if !errors.Is(err, ErrStorageFull) || done == 0 {
+		t.Fatalf("after %d: %v", done, err)
+	}
+	stats, err := e.Stats(ctx)
+	if err != nil || stats.Finished != uint64(done) || notes(t, e, "settled") != done {
+		t.Errorf("%+v, %v, want %d", stats, err, done)
+	}
+	if err := db.View(func(tx *bbolt.Tx) error { return checkRecords(tx, e.id, true) }); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestCloseNamesAViewThatStaysOpenAndDoesNotWaitForItForEver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		e := open(t, storePath(t), &Options{CloseTimeout: time.Second, Logger: slog.New(slog.NewTextHandler(&log, nil))})
+		inside, proceed, ended := make(chan bool), make(chan bool), make(chan error)
+		go func() {
+			ended <- e.View(ctx, func(*bbolt.Tx) error {
+				close(inside)
+				<-proceed
+				return nil
+			})
+		}()
+		<-inside
+		time.Sleep(time.Minute)
+		if err := e.Close(); err == nil || !strings.Contains(err.Error(), "the View at ") || !strings.Contains(err.Error(), "engine_test.go:") {
+			t.Errorf("got %v", err)
+		}
+		if n := strings.Count(log.String(), "stays open"); n != 1 {
+			t.Errorf("warned %d times: %s", n, log.String())
+		}
+		close(proceed)
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestAStalePageIsNoticed(t *testing.T) {
+	path := storePath(t)
+	e := open(t, path, nil)
+	phases := three(func(_ context.Context, _ string, s *transfer) error {
+		if s.From == "eve" {
+			return errDown
+		}
+		return nil
+	})
+	phases[1].Retry = RetryPolicy{InRun: -1, Initial: time.Hour, Max: time.Hour}
+	m := register(t, e, phases...)
+	var images [][]byte
+	for i := range 100 {
+		if _, err := m.Do(ctx, Key{"ada", fmt.Sprint(i)}, request); err != nil {
+			t.Fatal(err)
+		}
+		if i == 98 {
+			if _, err := m.Do(ctx, Key{"eve", "1"}, transfer{From: "eve"}); !errors.Is(err, errDown) {
+				t.Fatal(err)
+			}
+		}
+		if i%9 == 0 {
+			image, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			images = append(images, image)
+		}
+	}
+	last := images[len(images)-1]
+	noticed := 0
+	size := os.Getpagesize()
+	damaged := storePath(t)
+	for _, earlier := range images[:len(images)-1] {
+		for at := 2 * size; at+size <= min(len(earlier), len(last)); at += size {
+			if bytes.Equal(earlier[at:at+size], last[at:at+size]) {
+				continue
+			}
+			image := bytes.Clone(last)
+			copy(image[at:at+size], earlier[at:])
+			if err := os.WriteFile(damaged, image, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			e, err := Open(damaged, &Options{Logger: quiet})
+			if err != nil {
+				if noticed++; !errors.Is(err, ErrCorrupt) {
+					t.Errorf("page %d: got %v", at/size, err)
+				}
+				continue
+			}
+			intact(t, fmt.Sprint("stale page ", at/size), e) // the page was free
+			if err := e.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	if noticed < 20 {
+		t.Errorf("only %d stale pages mattered", noticed)
 	}
 }
 

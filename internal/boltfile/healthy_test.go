@@ -353,7 +353,7 @@ func TestEveryCommitLeavesAFileThatIsAccepted(t *testing.T) {
 	})
 }
 
-// The 300 MB file of a million records; -bench Million shows the time for all of it.
+// A file of 400 MB with a million records.
 func BenchmarkCheckOfAMillionRecords(b *testing.B) {
 	store := openStore(b, filepath.Join(b.TempDir(), "million"), bbolt.Options{})
 	rng := rand.New(rand.NewPCG(1, 1))
