@@ -319,7 +319,7 @@ func (e *Engine[Tx]) reapForEver() {
 	}
 	for {
 		pause, err := e.reapSome()
-		if err != nil && !errors.Is(err, ErrClosed) {
+		if err != nil && e.ctx.Err() == nil {
 			e.log.Error("keystate: reaping failed", "error", err)
 			pause = reapLook
 		}
