@@ -627,7 +627,7 @@ func (t *trip[Tx]) commitPhase(i int, tx Tx, s any) error {
 // arrivals are the events of a leg that ends before phase end: the points reached, and what happens there.
 func (t *trip[Tx]) arrivals(end int, state []byte) []event {
 	at := now()
-	var events []event
+	events := make([]event, 0, end-t.leg.from+1+len(t.leg.closing))
 	for i := t.leg.from; i < end; i++ {
 		events = append(events, event{kind: reach, at: at, point: t.phases[i].to, state: state, err: t.leg.ignored[i]})
 	}
