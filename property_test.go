@@ -802,7 +802,7 @@ func (pl *playing) shutDown() {
 	for _, b := range before {
 		a, found := after[b.Key]
 		brokenOff := found && b.Status == Running && a.Status == Waiting && a.Version == b.Version+1 &&
-			a.LastError == b.LastError && !strings.Contains(a.LastError, "Goexit") // no failure came between
+			!a.Due.After(now()) // a failure, that came between, would have made it wait
 		if brokenOff && a.Attempts != max(0, b.Attempts-1) {
 			pl.w.violated("%s: %d attempts before the shutdown, %d after it", b.Key, b.Attempts, a.Attempts)
 		}
