@@ -802,7 +802,7 @@ func (pl *playing) shutDown() {
 	for _, b := range before {
 		a, found := after[b.Key]
 		brokenOff := found && b.Status == Running && a.Status == Waiting && a.Version == b.Version+1 &&
-			!a.Due.After(now()) // a failure, that came between, would have made it wait
+			a.LastError == "" // a failure may come between, and then the attempt is spent
 		if brokenOff && a.Attempts != max(0, b.Attempts-1) {
 			pl.w.violated("%s: %d attempts before the shutdown, %d after it", b.Key, b.Attempts, a.Attempts)
 		}
@@ -976,11 +976,17 @@ func (pl *playing) allow(key Key, yes bool) {
 
 // revive retries a parked key: attempts count anew, and what may have been sent may be sent again.
 func (pl *playing) revive(r Record) {
+	l := pl.w.look(pl.p, r.Key).life
+	pl.w.mu.Lock()
+	for d, f := range pl.w.deeds {
+		if d.life == l {
+			f.counted = 0
+		}
+	}
+	pl.w.mu.Unlock()
 	if st := pl.p.blueprints[r.Machine].nextStep(r); st != nil {
-		l := pl.w.look(pl.p, r.Key).life
 		pl.w.mu.Lock()
 		f := pl.w.dossier(deed{l, st.id})
-		f.counted = 0
 		if unsure := r.ParkReason == Indeterminate || r.ParkReason == TokenExpired; unsure && !st.reconciles {
 			f.first, f.pardons = time.Time{}, f.sends
 		}
