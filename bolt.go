@@ -100,8 +100,10 @@ func (s *boltStore) Boot(ctx context.Context) (id [16]byte, epoch uint64, err er
 			if id, err = readIdentity(tx); err != nil {
 				return err
 			}
-			if err := checkRecords(tx, id, false); err != nil {
-				return err
+			if s.file == nil { // else Open has checked them
+				if err := checkRecords(tx, id, false); err != nil {
+					return err
+				}
 			}
 			k, err := newBoltKeys(tx, id)
 			if err != nil {

@@ -1488,11 +1488,8 @@ func openAndClose(path string) error {
 	return e.Close()
 }
 
-// filled makes a store with a hundred finished keys and one interrupted one.
-func filled(t testing.TB) string {
-	t.Helper()
-	path := storePath(t)
-	e := open(t, path, nil)
+// downForEve are phases whose effect fails for eve, who then waits for an hour.
+func downForEve() []transferPhase {
 	phases := three(func(_ context.Context, _ string, s *transfer) error {
 		if s.From == "eve" {
 			return errDown
@@ -1500,7 +1497,15 @@ func filled(t testing.TB) string {
 		return nil
 	})
 	phases[1].Retry = RetryPolicy{InRun: -1, Initial: time.Hour, Max: time.Hour}
-	m := register(t, e, phases...)
+	return phases
+}
+
+// filled makes a store with a hundred finished keys and one interrupted one.
+func filled(t testing.TB) string {
+	t.Helper()
+	path := storePath(t)
+	e := open(t, path, nil)
+	m := register(t, e, downForEve()...)
 	for i := range 100 {
 		if _, err := m.Do(ctx, Key{"ada", fmt.Sprint(i)}, request); err != nil {
 			t.Fatal(err)
@@ -1693,14 +1698,7 @@ func TestCloseNamesAViewThatStaysOpenAndDoesNotWaitForItForEver(t *testing.T) {
 func TestAStalePageIsNoticed(t *testing.T) {
 	path := storePath(t)
 	e := open(t, path, nil)
-	phases := three(func(_ context.Context, _ string, s *transfer) error {
-		if s.From == "eve" {
-			return errDown
-		}
-		return nil
-	})
-	phases[1].Retry = RetryPolicy{InRun: -1, Initial: time.Hour, Max: time.Hour}
-	m := register(t, e, phases...)
+	m := register(t, e, downForEve()...)
 	var images [][]byte
 	for i := range 100 {
 		if _, err := m.Do(ctx, Key{"ada", fmt.Sprint(i)}, request); err != nil {
