@@ -150,21 +150,21 @@ type Event struct {
 
 // An Engine runs machines on a store. It is safe for concurrent use.
 type Engine[Tx any] struct {
-	store     Store[Tx]
-	opts      Options
-	observer  Observer
-	log       *slog.Logger
-	id        [16]byte
-	epoch     uint64
-	rules     rules[Tx]
-	ctx       context.Context // ends when the engine closes
-	cancel    context.CancelFunc
-	commitCtx context.Context // what a Commit gets
-	slots     chan struct{}
-	idle      chan func()    // hands a run to a goroutine that has ended another
-	dueNow    chan struct{}  // holds a token when due may have a key for the engine to take up
-	helpers   sync.WaitGroup // the engine's own goroutines
-	finished  atomic.Int64   // keys finished since the last reaping
+	store      Store[Tx]
+	opts       Options
+	observer   Observer
+	log        *slog.Logger
+	id         [16]byte
+	epoch      uint64
+	rules      rules[Tx]
+	ctx        context.Context // ends when the engine closes
+	cancel     context.CancelFunc
+	commitCtx  context.Context // what a Commit gets
+	slots      chan struct{}
+	idle       chan func()    // hands a run to a goroutine that has ended another
+	dueNow     chan struct{}  // holds a token when due may have a key for the engine to take up
+	background sync.WaitGroup // the engine's own goroutines
+	finished   atomic.Int64   // keys finished since the last reaping
 
 	mu       sync.Mutex
 	closed   bool
@@ -243,9 +243,9 @@ func newEngine[Tx any](store Store[Tx], opts *Options, rules rules[Tx]) (*Engine
 		e.cancel()
 		return nil, err
 	}
-	e.helpers.Go(e.recover)
-	e.helpers.Go(e.reapForEver)
-	e.helpers.Go(e.watch)
+	e.background.Go(e.recover)
+	e.background.Go(e.reapForEver)
+	e.background.Go(e.watch)
 	return e, nil
 }
 
@@ -659,7 +659,7 @@ func (e *Engine[Tx]) Close() error {
 	e.closed = true
 	e.mu.Unlock()
 	e.cancel()
-	e.helpers.Wait()
+	e.background.Wait()
 	late := e.drain()
 	if e.storeHeld() {
 		go e.store.Close() // bbolt waits for its readers
