@@ -535,25 +535,32 @@ func BenchmarkRecovery(b *testing.B) {
 // stageInterrupted puts keys into the store as a crash leaves them whose effect was under way.
 func stageInterrupted(tb testing.TB, e *Engine[*bbolt.Tx], keys int) {
 	tb.Helper()
-	const perTransaction = 5000
+	putRecords(tb, e, keys, 5000, func() (Record, error) {
+		id := NewID()
+		s, err := encodeState(&order{Account: id, Cents: 500}, 1<<20)
+		if err != nil {
+			return Record{}, err
+		}
+		print, err := fingerprint("order", s)
+		if err != nil {
+			return Record{}, err
+		}
+		return Record{}.next(
+			event{kind: begin, at: now(), key: Key{Scope: "bench", ID: id}, machine: "order", epoch: e.epoch, state: s,
+				fingerprint: print, incarnation: newIncarnation()},
+			event{kind: reach, at: now(), point: "funds_reserved", state: s},
+			event{kind: try, at: now(), point: "payout_sent", sent: true})
+	})
+}
+
+// putRecords puts as many records as make gives, so many in a transaction.
+func putRecords(tb testing.TB, e *Engine[*bbolt.Tx], keys, perTransaction int, make func() (Record, error)) {
+	tb.Helper()
 	for from := 0; from < keys; from += perTransaction {
 		err := e.store.Update(context.Background(), func(tx *bbolt.Tx) error {
 			records := e.store.Keys(tx)
 			for range min(perTransaction, keys-from) {
-				id := NewID()
-				s, err := encodeState(&order{Account: id, Cents: 500}, 1<<20)
-				if err != nil {
-					return err
-				}
-				print, err := fingerprint("order", s)
-				if err != nil {
-					return err
-				}
-				r, err := Record{}.next(
-					event{kind: begin, at: now(), key: Key{Scope: "bench", ID: id}, machine: "order", epoch: e.epoch, state: s,
-						fingerprint: print, incarnation: newIncarnation()},
-					event{kind: reach, at: now(), point: "funds_reserved", state: s},
-					event{kind: try, at: now(), point: "payout_sent", sent: true})
+				r, err := make()
 				if err != nil {
 					return err
 				}
@@ -625,33 +632,17 @@ func (c randomIDs) request(string) error { return c.engineContender.request(uuid
 // finishRandom puts finished keys with random IDs into the store.
 func finishRandom(tb testing.TB, e *Engine[*bbolt.Tx], keys int) {
 	tb.Helper()
-	const perTransaction = 20_000
-	for from := 0; from < keys; from += perTransaction {
-		err := e.store.Update(context.Background(), func(tx *bbolt.Tx) error {
-			records := e.store.Keys(tx)
-			for range min(perTransaction, keys-from) {
-				id := uuid.NewString()
-				s, err := encodeState(&order{Account: id, Cents: 500, Payout: "12345678", Receipt: receipt}, 1<<20)
-				if err != nil {
-					return err
-				}
-				at := now()
-				r, err := Record{}.next(
-					event{kind: begin, at: at, key: Key{Scope: "bench", ID: id}, machine: "order", epoch: e.epoch, state: s, incarnation: newIncarnation()},
-					event{kind: reach, at: at, point: "funds_reserved", state: s},
-					event{kind: reach, at: at, point: "payout_sent", state: s},
-					event{kind: reach, at: at, point: Finished, state: s})
-				if err != nil {
-					return err
-				}
-				if err := records.Put(&r); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
+	putRecords(tb, e, keys, 20_000, func() (Record, error) {
+		id := uuid.NewString()
+		s, err := encodeState(&order{Account: id, Cents: 500, Payout: "12345678", Receipt: receipt}, 1<<20)
 		if err != nil {
-			tb.Fatal(err)
+			return Record{}, err
 		}
-	}
+		at := now()
+		return Record{}.next(
+			event{kind: begin, at: at, key: Key{Scope: "bench", ID: id}, machine: "order", epoch: e.epoch, state: s, incarnation: newIncarnation()},
+			event{kind: reach, at: at, point: "funds_reserved", state: s},
+			event{kind: reach, at: at, point: "payout_sent", state: s},
+			event{kind: reach, at: at, point: Finished, state: s})
+	})
 }

@@ -215,8 +215,8 @@ func doneDigest(sequence uint64, frame []byte) uint64 {
 	return mix(liveDigest(frame) ^ mix(sequence))
 }
 
-func indexDigest(hash, sequence uint64) uint64 {
-	return mix(bits.RotateLeft64(hash, 32) ^ mix(sequence))
+func indexDigest(place, sequence uint64) uint64 {
+	return mix(bits.RotateLeft64(place, 32) ^ mix(sequence))
 }
 
 // mix is the finalizer of SplitMix64: it spreads every bit of v over all of the result.

@@ -302,8 +302,8 @@ func (e *Engine[Tx]) joinLocked(m *machine[Tx], key Key, print [16]byte) (*run, 
 // errContested says that a run with another request is on its way to claim the key.
 var errContested = errors.New("keystate: the key is contested")
 
-// enroll makes a run for a key, or joins the one that has been made meanwhile: at most one is under way.
-func (e *Engine[Tx]) enroll(m *machine[Tx], key Key, print [16]byte, slot bool) (r *run, mine bool, err error) {
+// enroll makes a run for a caller's key, or joins the one that has been made meanwhile: at most one is under way.
+func (e *Engine[Tx]) enroll(m *machine[Tx], key Key, print [16]byte) (r *run, mine bool, err error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.closed {
@@ -312,7 +312,8 @@ func (e *Engine[Tx]) enroll(m *machine[Tx], key Key, print [16]byte, slot bool) 
 	if r, err := e.joinLocked(m, key, print); r != nil || err != nil {
 		return r, false, err
 	}
-	r = &run{key: key, machine: m.name, print: print, slot: slot, claimed: make(chan struct{}), done: make(chan struct{})}
+	r = newRun(key, m.name, print)
+	r.slot = true
 	e.runs[key] = r
 	e.due.remove(key)
 	return r, true, nil
@@ -412,7 +413,7 @@ func (e *Engine[Tx]) freeSlot() { <-e.slots }
 // An outbox holds what a transaction stages while it runs.
 type outbox struct {
 	owner  Key // whose commit it is
-	staged *[]Record
+	staged []Record
 }
 
 // openOutbox lets Stage find the outbox of a transaction.
@@ -471,15 +472,15 @@ func (e *Engine[Tx]) Update(ctx context.Context, fn func(tx Tx) error) error {
 	if ctx.Value(inCommit{}) != nil {
 		return ErrInCommit
 	}
-	var staged []Record
+	var out outbox
 	err := e.store.Update(ctx, func(tx Tx) error {
-		staged = nil
-		e.openOutbox(tx, &outbox{staged: &staged})
+		out = outbox{}
+		e.openOutbox(tx, &out)
 		defer e.closeOutbox(tx)
 		return fn(tx)
 	})
 	if err == nil {
-		e.enqueueStaged(staged)
+		e.enqueueStaged(out.staged)
 	}
 	return err
 }
@@ -533,16 +534,21 @@ func (e *Engine[Tx]) look(ctx context.Context, fn func(Keys) error) error {
 	return e.store.View(ctx, func(tx Tx) error { return fn(e.store.Keys(tx)) })
 }
 
+// load reads a key's record.
+func (e *Engine[Tx]) load(ctx context.Context, key Key) (r Record, err error) {
+	err = e.look(ctx, func(k Keys) error {
+		r, err = k.Get(key)
+		return err
+	})
+	return r, err
+}
+
 // Key returns a key's record, or [ErrNotFound].
 func (e *Engine[Tx]) Key(ctx context.Context, key Key) (Record, error) {
 	if err := key.validate(); err != nil {
 		return Record{}, err
 	}
-	var r Record
-	err := e.look(ctx, func(k Keys) (err error) {
-		r, err = k.Get(key)
-		return err
-	})
+	r, err := e.load(ctx, key)
 	if errors.Is(err, ErrNotFound) {
 		err = fmt.Errorf("%w: %s", ErrNotFound, key)
 	}

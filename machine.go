@@ -330,7 +330,7 @@ func (m *machine[Tx]) stage(anyTx any, key Key, print [16]byte, request []byte) 
 	if err := keys.Put(&r); err != nil {
 		return err
 	}
-	*out.staged = append(*out.staged, r)
+	out.staged = append(out.staged, r)
 	return nil
 }
 

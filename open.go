@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"runtime/debug"
@@ -36,9 +37,7 @@ func openBolt(path string, o Options) (*boltStore, error) {
 		}
 		db, err := openChecked(f, o.VerifyLimit)
 		if err != nil {
-			unlockFile(f)
-			f.Close()
-			return nil, fmt.Errorf("%w (%s)", err, path)
+			return nil, err
 		}
 		sweepDrafts(path)
 		s := newBoltStore(db, path)
@@ -91,8 +90,16 @@ func lockFile(f *os.File, timeout time.Duration) error {
 	}
 }
 
-// openChecked checks the file's pages before bbolt maps them, and its records before anybody relies on them.
-func openChecked(f *os.File, verifyLimit int64) (*bbolt.DB, error) {
+// openChecked checks the file's pages before bbolt maps them, and its records before anybody relies on them. When it
+// fails, it lets go of the file.
+func openChecked(f *os.File, verifyLimit int64) (db *bbolt.DB, err error) {
+	defer func() {
+		if err != nil {
+			unlockFile(f)
+			f.Close()
+			err = fmt.Errorf("%w (%s)", err, f.Name())
+		}
+	}()
 	info, err := f.Stat()
 	if err != nil {
 		return nil, fmt.Errorf("keystate: %w", err)
@@ -101,8 +108,7 @@ func openChecked(f *os.File, verifyLimit int64) (*bbolt.DB, error) {
 	if err := checkPages(f, info.Size(), all, true); err != nil {
 		return nil, err
 	}
-	db, err := openDB(f, false)
-	if err != nil {
+	if db, err = openDB(f, false); err != nil {
 		return nil, err
 	}
 	if err := checkDB(db, all); err != nil {
@@ -147,39 +153,45 @@ func isLive(path [][]byte) bool {
 	return bytes.Equal(path[0], bucketRoot) && (len(path) == 1 || len(path) == 2 && bytes.Equal(path[1], bucketLive))
 }
 
-func checkDB(db *bbolt.DB, all bool) (err error) {
+// survive turns every panic and fault in fn into ErrCorrupt: nothing but bbolt runs in it, on a file not trusted yet.
+func survive(doing string, fn func() error) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
 		if v := recover(); v != nil {
-			err = fmt.Errorf("%w: %v", ErrCorrupt, v)
+			err = fmt.Errorf("%w: %s it: %v", ErrCorrupt, doing, v)
 		}
 	}()
-	return db.View(func(tx *bbolt.Tx) error {
-		id, err := readIdentity(tx)
-		if err != nil {
-			return err
-		}
-		return checkRecords(tx, id, all)
+	return fn()
+}
+
+func checkDB(db *bbolt.DB, all bool) error {
+	return survive("checking", func() error {
+		return db.View(func(tx *bbolt.Tx) error {
+			id, err := readIdentity(tx)
+			if err != nil {
+				return err
+			}
+			return checkRecords(tx, id, all)
+		})
 	})
 }
 
-// openDB opens bbolt on a file that is open and locked, and survives the panics by which it meets a damaged one.
+// openDB opens bbolt on a file that is open and locked.
 func openDB(f *os.File, readOnly bool) (db *bbolt.DB, err error) {
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer func() {
-		if v := recover(); v != nil {
-			err = fmt.Errorf("%w: opening it: %v", ErrCorrupt, v)
-		}
-	}()
-	db, err = bbolt.Open(f.Name(), 0o600, &bbolt.Options{
-		Timeout:         time.Second, // on Windows, where the lock is bbolt's own
-		InitialMmapSize: initialMap,
-		ReadOnly:        readOnly,
-		OpenFile:        func(string, int, fs.FileMode) (*os.File, error) { return f, nil },
+	err = survive("opening", func() error {
+		db, err = bbolt.Open(f.Name(), 0o600, &bbolt.Options{
+			Timeout:         time.Second, // for bbolt's own lock, which ours keeps free
+			InitialMmapSize: initialMap,
+			ReadOnly:        readOnly,
+			OpenFile:        func(string, int, fs.FileMode) (*os.File, error) { return f, nil },
+		})
+		return err
 	})
 	switch {
 	case errors.Is(err, berrors.ErrTimeout):
 		return nil, ErrLocked
+	case errors.Is(err, ErrCorrupt):
+		return nil, err
 	case err != nil:
 		return nil, fmt.Errorf("%w: %w", ErrCorrupt, err)
 	}
@@ -297,11 +309,9 @@ func Compact(from, to string) error {
 	if err != nil {
 		return err
 	}
-	source, err := openChecked(f, 1<<62)
+	source, err := openChecked(f, math.MaxInt64)
 	if err != nil {
-		unlockFile(f)
-		f.Close()
-		return fmt.Errorf("%w (%s)", err, from)
+		return err
 	}
 	defer closeBolt(source, f)
 	const perTransaction = 16 << 20 // bytes

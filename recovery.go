@@ -219,7 +219,7 @@ func (e *Engine[Tx]) resumeDue() time.Duration {
 		if e.runs[d.key] != nil {
 			continue // its caller has taken it up; when that run ends, the key is queued anew if it must be
 		}
-		r := &run{key: d.key, machine: d.machine, print: d.print, claimed: make(chan struct{}), done: make(chan struct{})}
+		r := newRun(d.key, d.machine, d.print)
 		e.runs[d.key] = r
 		e.resuming++
 		m := e.machines[d.machine]
@@ -337,8 +337,8 @@ func (e *Engine[Tx]) reapForEver() {
 func (e *Engine[Tx]) reapSome() (pause time.Duration, err error) {
 	size := min(max(reapSlice, 2*int(e.finished.Swap(0))), reapLimit)
 	var oldest []Record
-	err = e.store.View(e.ctx, func(tx Tx) (err error) {
-		oldest, err = e.store.Keys(tx).Finished(0, size)
+	err = e.look(e.ctx, func(k Keys) (err error) {
+		oldest, err = k.Finished(0, size)
 		return err
 	})
 	if err != nil {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"runtime/debug"
 	"time"
 )
@@ -21,6 +22,10 @@ type run struct {
 	record   Record        // as last committed
 	err      error         // why the run ended short of an answer
 	broken   error         // what broke it off, if it was not a phase
+}
+
+func newRun(key Key, machine string, print [16]byte) *run {
+	return &run{key: key, machine: machine, print: print, claimed: make(chan struct{}), done: make(chan struct{})}
 }
 
 var closedChan = func() chan struct{} {
@@ -56,7 +61,7 @@ func (m *machine[Tx]) tryStart(ctx context.Context, key Key, print [16]byte, req
 	if r, err := e.join(m, key, print); r != nil || err != nil {
 		return r, err
 	}
-	stored, err := m.load(ctx, key)
+	stored, err := e.load(ctx, key)
 	switch {
 	case errors.Is(err, ErrNotFound):
 		if err := e.admit(); err != nil {
@@ -76,22 +81,13 @@ func (m *machine[Tx]) tryStart(ctx context.Context, key Key, print [16]byte, req
 	if err := e.takeSlot(ctx); err != nil {
 		return nil, err
 	}
-	r, mine, err := e.enroll(m, key, print, true)
+	r, mine, err := e.enroll(m, key, print)
 	if err != nil || !mine {
 		e.freeSlot()
 		return r, err
 	}
 	e.spawn(func() { m.travel(r, request) })
 	return r, nil
-}
-
-// load reads a key's record.
-func (m *machine[Tx]) load(ctx context.Context, key Key) (r Record, err error) {
-	err = m.engine.store.View(ctx, func(tx Tx) error {
-		r, err = m.engine.store.Keys(tx).Get(key)
-		return err
-	})
-	return r, err
 }
 
 // settled answers for a key that needs no run: one used for another request, a finished one, a parked one.
@@ -528,19 +524,19 @@ type trip[Tx any] struct {
 	leg    leg
 	at     int // the phase whose commit is running
 	next   Record
-	staged []Record
+	outbox outbox
 	took   []time.Duration // in each phase's commit
 }
 
 // transact is what happens in the transaction.
 func (t *trip[Tx]) transact(tx Tx) error {
-	t.at, t.staged, t.took = -1, nil, t.took[:0]
+	t.at, t.outbox, t.took = -1, outbox{owner: t.shared.key}, t.took[:0]
 	keys := t.engine.store.Keys(tx)
 	r, err := t.depart(keys)
 	if err != nil {
 		return err
 	}
-	t.engine.openOutbox(tx, &outbox{owner: t.shared.key, staged: &t.staged})
+	t.engine.openOutbox(tx, &t.outbox)
 	defer t.engine.closeOutbox(tx)
 	end, state, err := t.phasesIn(tx)
 	if err != nil {
@@ -668,7 +664,10 @@ func (j *journey[Tx]) amend(l leg, f *phaseFailure) leg {
 		if f.phase == l.from && l.acted { // nothing of the phase is kept
 			l.state, l.acted = j.record.State, false
 		}
-		l.ignored = with(l.ignored, f.phase, f.err.Error())
+		if l.ignored = maps.Clone(l.ignored); l.ignored == nil {
+			l.ignored = map[int]string{}
+		}
+		l.ignored[f.phase] = f.err.Error()
 		l.stop, l.closing = len(j.phases), nil
 		return l
 	}
@@ -679,21 +678,13 @@ func (j *journey[Tx]) amend(l leg, f *phaseFailure) leg {
 	return l
 }
 
-func with(m map[int]string, i int, text string) map[int]string {
-	grown := map[int]string{i: text}
-	for k, v := range m {
-		grown[k] = v
-	}
-	return grown
-}
-
 // arrive takes over what a leg has committed.
 func (j *journey[Tx]) arrive(t *trip[Tx], took time.Duration) {
 	created, before := t.leg.request != nil, len(j.record.History)
 	if created {
 		before = 1
 	}
-	j.engine.enqueueStaged(t.staged)
+	j.engine.enqueueStaged(t.outbox.staged)
 	if t.leg.closing != nil {
 		j.inRun++ // of the phase that failed; a first attempt counts as one below
 		if len(t.next.History) > before || created {
