@@ -1,0 +1,391 @@
+package keytest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"example.com/keystate"
+)
+
+// A place is where a fault may strike in a process: at the call of an effect, at the call of a commit, at a transaction.
+type place struct {
+	kind  placeKind
+	phase int    // of an effect or a commit
+	name  string // the point that the phase leads to; the points that a transaction reaches
+}
+
+type placeKind int
+
+const (
+	atEffect placeKind = iota
+	atCommit
+	atWrite
+)
+
+// A fault is something that goes wrong at a place.
+type fault struct {
+	what  what
+	at    int // the place's number within the process
+	place place
+}
+
+type what string
+
+const (
+	killedBeforeEffect what = "killed before the effect of %s"
+	killedAfterEffect  what = "killed after the effect of %s and before its commit"
+	killedForLong      what = "killed after the effect of %s and away until its token is forgotten"
+	answerLost         what = "the effect of %s happens and its answer is lost"
+	timedOut           what = "the effect of %s happens and times out"
+	effectFailed       what = "the effect of %s fails once"
+	shutDown           what = "shut down during the effect of %s"
+	commitFailed       what = "the commit of %s fails once"
+	commitFailedKilled what = "the commit of %s fails once and the process is killed before the next try"
+	killedBeforeWrite  what = "killed in the transaction of %s"
+	killedAfterWrite   what = "killed when the transaction of %s is durable and nobody has heard of it"
+	writtenTwice       what = "the transaction of %s is undone and run again"
+)
+
+// faultsAt are the faults that may strike at each kind of place.
+var faultsAt = map[placeKind][]what{
+	atEffect: {killedBeforeEffect, killedAfterEffect, killedForLong, answerLost, timedOut, effectFailed, shutDown},
+	atCommit: {commitFailed, commitFailedKilled},
+	atWrite:  {killedBeforeWrite, killedAfterWrite, writtenTwice},
+}
+
+// ends says whether the process does not survive the fault.
+func (f what) ends() bool {
+	return strings.HasPrefix(string(f), "killed") || f == shutDown || f == commitFailedKilled
+}
+
+// fails says whether the phase sees, or seems to return, an error.
+func (f what) fails() bool {
+	return slices.Contains([]what{answerLost, timedOut, effectFailed, commitFailed, commitFailedKilled}, f)
+}
+
+func (f fault) String() string { return fmt.Sprintf(string(f.what), f.place.name) }
+
+var (
+	errKilled = fmt.Errorf("keytest: the process was killed: %w", keystate.ErrClosed)
+	errFault  = errors.New("keytest: an error by design")
+	errUndone = errors.New("keytest: undone")
+)
+
+// A process is one life of the program. It is the store that its engine sees, and it stands between the engine and
+// the program's phases: so it can die at any place.
+type process[Tx, S any] struct {
+	keystate.Store[Tx]
+	play    *play[Tx, S]
+	fault   fault
+	engine  *keystate.Engine[Tx]
+	machine *keystate.Machine[S]
+	close   func() error
+
+	mu        sync.Mutex
+	places    []place
+	dead      bool
+	closing   bool
+	killLater bool // after the next transaction
+}
+
+// boot starts the program: it opens the store, and the engine on it, and registers the machine.
+func (p *play[Tx, S]) boot(life int) (*process[Tx, S], error) {
+	proc := &process[Tx, S]{Store: p.subject.open(p.t, p.dir), play: p}
+	if life < len(p.scenario.faults) {
+		proc.fault = p.scenario.faults[life]
+	}
+	opts := p.subject.Options
+	opts.Retention = -1
+	if opts.Logger == nil {
+		opts.Logger = slog.New(slog.DiscardHandler)
+	}
+	var err error
+	if proc.engine, err = keystate.New[Tx](proc, &opts); err != nil {
+		return nil, errors.Join(err, proc.Store.Close())
+	}
+	proc.close = sync.OnceValue(proc.engine.Close)
+	phases := p.subject.Phases
+	if p.scenario.deploy && life > 0 {
+		phases = p.subject.Next
+	}
+	if proc.machine, err = keystate.Register(proc.engine, p.subject.machine(), proc.wrap(phases(proc.engine))); err != nil {
+		return nil, errors.Join(err, proc.close())
+	}
+	return proc, nil
+}
+
+// reach notes that the process has come to a place, and says what strikes there.
+func (p *process[Tx, S]) reach(at place) (n int, strikes what) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	n = len(p.places)
+	p.places = append(p.places, at)
+	if p.fault.what != "" && p.fault.at == n {
+		return n, p.fault.what
+	}
+	return n, ""
+}
+
+func (p *process[Tx, S]) die() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.dead = true
+	return errKilled
+}
+
+func (p *process[Tx, S]) isDead() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.dead
+}
+
+// over says whether the process has ended, one way or the other.
+func (p *process[Tx, S]) over() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.dead || p.closing
+}
+
+// wrap puts the process around the program's phases.
+func (p *process[Tx, S]) wrap(phases []keystate.Phase[Tx, S]) []keystate.Phase[Tx, S] {
+	phases = slices.Clone(phases)
+	p.play.policies = make([]keystate.ErrorPolicy, len(phases))
+	for i := range phases {
+		ph := &phases[i]
+		p.play.policies[i] = ph.OnError
+		p.play.outcome.reconciles = p.play.outcome.reconciles || ph.Reconcile != nil
+		if effect := ph.Effect; effect != nil {
+			at := place{atEffect, i, string(ph.To)}
+			ph.Effect = func(ctx context.Context, token string, s *S) error { return p.effect(ctx, token, s, at, effect) }
+		}
+		if commit := ph.Commit; commit != nil {
+			at := place{atCommit, i, string(ph.To)}
+			ph.Commit = func(ctx context.Context, tx Tx, s *S) error { return p.commit(ctx, tx, s, at, commit) }
+		}
+	}
+	return phases
+}
+
+func (p *process[Tx, S]) effect(ctx context.Context, token string, s *S, at place, effect func(context.Context, string, *S) error) error {
+	if p.isDead() {
+		return errKilled
+	}
+	_, strikes := p.reach(at)
+	switch strikes {
+	case killedBeforeEffect:
+		return p.die()
+	case effectFailed:
+		return errFault
+	case shutDown:
+		p.shutDown()
+		<-ctx.Done()
+	}
+	p.play.entering(at, s)
+	if err := effect(ctx, token, s); err != nil {
+		return err
+	}
+	p.play.leaving(at, s)
+	switch strikes {
+	case killedAfterEffect, killedForLong:
+		return p.die()
+	case answerLost:
+		return errFault
+	case timedOut:
+		return waitFor(ctx)
+	}
+	return nil
+}
+
+// waitFor waits until a context ends, but not for ever: a phase may have no timeout.
+func waitFor(ctx context.Context) error {
+	select {
+	case <-ctx.Done():
+	case <-time.After(time.Hour):
+	}
+	return context.DeadlineExceeded
+}
+
+func (p *process[Tx, S]) shutDown() {
+	p.mu.Lock()
+	p.closing = true
+	p.mu.Unlock()
+	go func() {
+		if err := p.close(); err != nil {
+			p.play.find(fmt.Sprintf("the engine does not close: %v", err), "the effect does not end when its context does")
+		}
+	}()
+}
+
+func (p *process[Tx, S]) commit(ctx context.Context, tx Tx, s *S, at place, commit func(context.Context, Tx, *S) error) error {
+	_, strikes := p.reach(at)
+	switch strikes {
+	case commitFailed:
+		return errFault
+	case commitFailedKilled:
+		p.mu.Lock()
+		p.killLater = true
+		p.mu.Unlock()
+		return errFault
+	}
+	p.play.entering(at, s)
+	if err := commit(context.WithValue(ctx, commitOf{}, at.name), tx, s); err != nil {
+		return err
+	}
+	p.play.leaving(at, s)
+	return nil
+}
+
+// Update runs a transaction of the engine, or what a fault makes of it.
+func (p *process[Tx, S]) Update(ctx context.Context, fn func(tx Tx) error) error {
+	if p.isDead() {
+		return errKilled
+	}
+	n, strikes := p.reach(place{kind: atWrite})
+	run := func(tx Tx) error {
+		before := p.record(tx)
+		if err := fn(tx); err != nil {
+			return err
+		}
+		p.label(n, before, p.record(tx))
+		return nil
+	}
+	var err error
+	switch strikes {
+	case killedBeforeWrite:
+		err = p.undone(ctx, run)
+	case writtenTwice:
+		err = p.twice(ctx, run)
+	default:
+		err = p.Store.Update(ctx, run)
+	}
+	if err == nil && (strikes == killedBeforeWrite || strikes == killedAfterWrite || p.isToDie()) {
+		return p.die()
+	}
+	return err
+}
+
+func (p *process[Tx, S]) isToDie() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.killLater
+}
+
+// undone runs a transaction and rolls it back.
+func (p *process[Tx, S]) undone(ctx context.Context, fn func(tx Tx) error) error {
+	err := p.Store.Update(ctx, func(tx Tx) error {
+		if err := fn(tx); err != nil {
+			return err
+		}
+		return errUndone
+	})
+	if errors.Is(err, errUndone) {
+		return nil
+	}
+	return err
+}
+
+// twice runs a transaction, rolls it back, and runs it again an hour later: both runs must come to the same.
+func (p *process[Tx, S]) twice(ctx context.Context, fn func(tx Tx) error) error {
+	var first, second map[string]string
+	look := func(into *map[string]string) func(tx Tx) error {
+		return func(tx Tx) (err error) {
+			if err := fn(tx); err != nil {
+				return err
+			}
+			*into, err = p.written(tx)
+			return err
+		}
+	}
+	if err := p.undone(ctx, look(&first)); err != nil {
+		return err
+	}
+	time.Sleep(time.Hour)
+	if err := p.Store.Update(ctx, look(&second)); err != nil {
+		return err
+	}
+	for _, d := range differences(first, second, p.play.subject.varies) {
+		p.play.find(fmt.Sprintf("%s is %s in the first run and %s in the second", d.path, shown(d.want), shown(d.got)),
+			"the commit uses something besides tx, s and ctx: a clock, a random number, memory")
+	}
+	return nil
+}
+
+// written is what a transaction has come to: what the program has written, and where all the keys stand.
+func (p *process[Tx, S]) written(tx Tx) (map[string]string, error) {
+	all, err := p.play.contents(tx)
+	if err != nil {
+		return nil, err
+	}
+	const enough = 1000
+	records, err := p.Keys(tx).Unfinished(keystate.Key{}, enough)
+	if err != nil {
+		return nil, err
+	}
+	if r := p.record(tx); r.Status == keystate.Answered {
+		records = append(records, r)
+	}
+	for _, r := range records {
+		name := "the state of " + r.Key.String()
+		if s, err := p.machine.DecodeState(r); err == nil {
+			name = "the state"
+			for path, v := range under(name, leaves(s)) {
+				all[path] = v
+			}
+			continue
+		}
+		all[name] = fmt.Sprintf("%q", r.State)
+	}
+	return all, nil
+}
+
+// View reads, unless the process is dead.
+func (p *process[Tx, S]) View(ctx context.Context, fn func(tx Tx) error) error {
+	if p.isDead() {
+		return errKilled
+	}
+	return p.Store.View(ctx, fn)
+}
+
+// record is the key's record in a transaction, or an empty one.
+func (p *process[Tx, S]) record(tx Tx) keystate.Record {
+	r, err := p.Keys(tx).Get(p.play.subject.key())
+	if err != nil {
+		return keystate.Record{}
+	}
+	return r
+}
+
+// label says what a transaction does to the key.
+func (p *process[Tx, S]) label(n int, before, after keystate.Record) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.places[n].name = movement(before, after)
+}
+
+func movement(before, after keystate.Record) string {
+	var reached []string
+	for _, passage := range after.History[min(len(before.History), len(after.History)):] {
+		if passage.Point != keystate.Started {
+			reached = append(reached, string(passage.Point))
+		}
+	}
+	switch {
+	case len(reached) > 0:
+		return strings.Join(reached, " and ")
+	case before.Version == after.Version:
+		return "another key"
+	case before.Version == 0:
+		return "the claim"
+	case after.Status == keystate.Waiting:
+		return "the key's wait"
+	case after.Status == keystate.Parked:
+		return "the key's parking"
+	}
+	return "the next attempt"
+}
