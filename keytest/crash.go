@@ -214,6 +214,9 @@ func (m *matrix[Tx, S]) scenarios() (all []scenario) {
 
 func (m *matrix[Tx, S]) faultsIn(places []place) (all []fault) {
 	for n, at := range places {
+		if at.name == "" {
+			continue // a transaction that fails by itself
+		}
 		for _, w := range faultsAt[at.kind] {
 			if w != killedForLong || m.plain.tokenLife > 0 {
 				all = append(all, fault{what: w, at: n, place: at})

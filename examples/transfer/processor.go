@@ -311,7 +311,8 @@ func runProcessor(args []string) error {
 
 // A client speaks to the processor.
 type client struct {
-	url string
+	url  string
+	http http.Client
 }
 
 // A declinedError is the processor's word that it will not do what it was asked to, now or later.
@@ -341,7 +342,7 @@ func (c *client) post(ctx context.Context, path, token string, o order) (done co
 	req.Header.Set("Idempotency-Key", token)
 	req.Header.Set("Content-Type", "application/json")
 	req.GetBody = nil // or net/http, seeing the header, would send again by itself what no answer came to
-	resp, err := http.DefaultClient.Do(req)
+	resp, err := c.http.Do(req)
 	if err != nil {
 		return done, err
 	}
@@ -366,7 +367,7 @@ func (c *client) stats(ctx context.Context) (s counts, err error) {
 	if err != nil {
 		return s, err
 	}
-	resp, err := http.DefaultClient.Do(req)
+	resp, err := c.http.Do(req)
 	if err != nil {
 		return s, err
 	}
