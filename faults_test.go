@@ -53,6 +53,40 @@ var faults = []fault{
 	{name: "a failed commit's writes are kept", update: keepFailed},
 	{name: "a staged key is lost", keys: loseStaged},
 
+	// What the store keeps.
+	{name: "a finished key is missing from the index", keys: afterFinish(func(k *boltKeys, _ ledger, r *Record) error {
+		return k.index.Delete(indexEntry(k.place(r.Key), r.Sequence))
+	})},
+	{name: "the index is written before the record, in a transaction of its own", update: indexFirst},
+	{name: "a finished key stays among the unfinished", keys: afterFinish(func(k *boltKeys, _ ledger, r *Record) error {
+		return k.live.Put(k.liveKey(r.Key), k.encode(r))
+	})},
+	{name: "two finished keys get one sequence", keys: afterFinish(func(k *boltKeys, _ ledger, _ *Record) error {
+		k.ledger.next--
+		return nil
+	})},
+	{name: "the digest of the unfinished lags behind", keys: afterPut(func(k *boltKeys, before ledger, r *Record) error {
+		k.ledger.liveSum = before.liveSum
+		return nil
+	})},
+	{name: "the digest of the finished is not updated", keys: afterFinish(func(k *boltKeys, before ledger, _ *Record) error {
+		k.ledger.doneSum = before.doneSum
+		return nil
+	})},
+	{name: "a parked key is not counted", keys: afterPut(func(k *boltKeys, _ ledger, r *Record) error {
+		if r.Status == Parked {
+			k.ledger.counts.Parked--
+		}
+		return nil
+	})},
+	{name: "a reaped key stays in the index", keys: afterDelete(func(k *boltKeys, r Record) error {
+		return k.index.Put(indexEntry(k.place(r.Key), r.Sequence), nil)
+	})},
+	{name: "a reaped key stays in the digest", keys: afterDelete(func(k *boltKeys, r Record) error {
+		k.ledger.doneSum++
+		return nil
+	})},
+
 	// What a record says.
 	{name: "the point moves without the state", rules: onEvents(func(r Record, events []event) []event {
 		return each(events, reach, func(e *event) { e.state = r.State })
@@ -383,6 +417,7 @@ type faultyKeys struct {
 	Keys
 	get      func(Key) (Record, error)
 	put      func(*Record) error
+	remove   func(Record) error
 	page     func(after Key, limit int) ([]Record, error)
 	finished func(after uint64, limit int) ([]Record, error)
 }
@@ -401,6 +436,13 @@ func (k *faultyKeys) Put(r *Record) error {
 	return k.Keys.Put(r)
 }
 
+func (k *faultyKeys) Delete(r Record) error {
+	if k.remove != nil {
+		return k.remove(r)
+	}
+	return k.Keys.Delete(r)
+}
+
 func (k *faultyKeys) Unfinished(after Key, limit int) ([]Record, error) {
 	if k.page != nil {
 		return k.page(after, limit)
@@ -413,6 +455,55 @@ func (k *faultyKeys) Finished(after uint64, limit int) ([]Record, error) {
 		return k.finished(after, limit)
 	}
 	return k.Keys.Finished(after, limit)
+}
+
+// afterPut changes what the store keeps, when a record has been put.
+func afterPut(change func(k *boltKeys, before ledger, r *Record) error) func(*faulty, *bbolt.Tx, Keys) Keys {
+	return func(f *faulty, tx *bbolt.Tx, keys Keys) Keys {
+		return &faultyKeys{Keys: keys, put: func(r *Record) error {
+			k := f.mortal.boltStore.Keys(tx).(*boltKeys)
+			before := k.ledger
+			if err := keys.Put(r); err != nil {
+				return err
+			}
+			return change(k, before, r)
+		}}
+	}
+}
+
+func afterFinish(change func(k *boltKeys, before ledger, r *Record) error) func(*faulty, *bbolt.Tx, Keys) Keys {
+	return afterPut(func(k *boltKeys, before ledger, r *Record) error {
+		if r.Status != Answered {
+			return nil
+		}
+		return change(k, before, r)
+	})
+}
+
+// afterDelete changes what the store keeps, when a record has been deleted.
+func afterDelete(change func(k *boltKeys, r Record) error) func(*faulty, *bbolt.Tx, Keys) Keys {
+	return func(f *faulty, tx *bbolt.Tx, keys Keys) Keys {
+		return &faultyKeys{Keys: keys, remove: func(r Record) error {
+			if err := keys.Delete(r); err != nil {
+				return err
+			}
+			return change(f.mortal.boltStore.Keys(tx).(*boltKeys), r)
+		}}
+	}
+}
+
+// indexFirst writes the index entry of the key that finishes next, and takes it back when the record is there.
+func indexFirst(f *faulty, ctx context.Context, fn func(tx *bbolt.Tx) error) error {
+	entry := indexEntry(0, uint64(f.updates.Add(1))+1<<32)
+	err := f.mortal.boltStore.Update(ctx, func(tx *bbolt.Tx) error {
+		return f.mortal.boltStore.Keys(tx).(*boltKeys).index.Put(entry, nil)
+	})
+	if err != nil {
+		return err
+	}
+	return f.mortal.Update(ctx, func(tx *bbolt.Tx) error {
+		return errors.Join(f.mortal.boltStore.Keys(tx).(*boltKeys).index.Delete(entry), fn(tx))
+	})
 }
 
 func overrideFence(_ *faulty, _ *bbolt.Tx, k Keys) Keys {

@@ -271,7 +271,11 @@ func (m *matrix[Tx, S]) judge(o *outcome) []finding {
 	}
 	if m.comparable(o) {
 		for _, d := range differences(m.plain.leaves, o.leaves, func(path string) bool { return m.varies[path] || o.varies(path) }) {
-			o.find(d.String(), suspicion)
+			if strings.HasPrefix(d.path, outside) {
+				o.find(d.String(), o.suspicionOfDeeds())
+			} else {
+				o.find(d.String(), suspicion)
+			}
 		}
 	}
 	for _, f := range o.scenario.faults {
@@ -282,6 +286,9 @@ func (m *matrix[Tx, S]) judge(o *outcome) []finding {
 	}
 	return o.found
 }
+
+// outside begins the paths of what the program's author says of the outside world.
+const outside = "outside"
 
 // comparable says whether the end must be that of the run without a fault.
 func (m *matrix[Tx, S]) comparable(o *outcome) bool {

@@ -257,7 +257,7 @@ func (p *process[Tx, S]) conclude(answer S, err error) {
 		return
 	}
 	if p.play.subject.Outside != nil {
-		for path, v := range under("outside", leaves(p.play.subject.Outside())) {
+		for path, v := range under(outside, leaves(p.play.subject.Outside())) {
 			written[path] = v
 		}
 	}
