@@ -39,12 +39,25 @@ func openBolt(path string, o Options) (*boltStore, error) {
 		if err != nil {
 			return nil, err
 		}
+		if err := syncEntry(path); err != nil {
+			return nil, errors.Join(err, closeBolt(db, f))
+		}
 		sweepDrafts(path)
 		s := newBoltStore(db, path)
 		s.file = f
 		return s, nil
 	}
 	return nil, fmt.Errorf("%w: %s changes while it is being opened", ErrMoved, path)
+}
+
+// syncEntry makes durable that the path leads to the file. Whoever made the file may have died, or may still be, between
+// linking it and that; what is promised in it from now on would be gone with its name. Where the process may not even read the
+// directory, it has made nothing there.
+func syncEntry(path string) error {
+	if err := syncDir(filepath.Dir(path)); err != nil && !errors.Is(err, fs.ErrPermission) {
+		return fmt.Errorf("keystate: %w", err)
+	}
+	return nil
 }
 
 func dirExists(path string) bool {
