@@ -14,6 +14,7 @@ import (
 	"math/bits"
 	"os"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
 	"strings"
 	"sync"
@@ -602,21 +603,36 @@ func (s *boltStore) guard(fn func() error) (err error) {
 	return fn()
 }
 
-// damage recognizes a panic that bbolt, or the memory under its map, raises over a damaged file.
+// damage recognizes a panic that bbolt, or the memory under its map, raises over a damaged file. It is called while that panics.
 func damage(v any) error {
 	if fault, ok := v.(interface{ Addr() uintptr }); ok {
 		return fmt.Errorf("%w: reading it failed at address %#x", ErrCorrupt, fault.Addr())
 	}
-	text, ok := v.(string)
-	if !ok {
+	const misuse = "assertion failed: managed tx " // of the program's: Commit or Rollback inside Update or View
+	if text, ok := v.(string); ok && strings.HasPrefix(text, misuse) || !raisedInBolt() {
 		return nil
 	}
-	for _, sign := range []string{"assertion failed: Page expected", "assertion failed: page ", "invalid freelist page", "invalid page type", "cannot free page", "bolt.DB.meta()"} {
-		if strings.HasPrefix(text, sign) {
-			return fmt.Errorf("%w: bbolt: %s", ErrCorrupt, text)
+	return fmt.Errorf("%w: bbolt: %v", ErrCorrupt, v)
+}
+
+// raisedInBolt says whether the present panic was raised in bbolt's own code: what that trusts and finds otherwise, it meets as
+// an index or a length out of range, or as an assertion of its own.
+func raisedInBolt() bool {
+	var pcs [64]uintptr
+	frames := runtime.CallersFrames(pcs[:runtime.Callers(1, pcs[:])])
+	panicking := false
+	for {
+		f, more := frames.Next()
+		switch {
+		case strings.HasPrefix(f.Function, "runtime."):
+			panicking = panicking || f.Function == "runtime.gopanic"
+		case panicking:
+			return strings.HasPrefix(f.Function, "go.etcd.io/bbolt")
+		}
+		if !more {
+			return false
 		}
 	}
-	return nil
 }
 
 // commitError names what a failed bbolt commit means. Only errors known to have written nothing that counts
