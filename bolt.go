@@ -708,7 +708,11 @@ func checkRecords(tx *bbolt.Tx, id [16]byte, all bool) error {
 			return err
 		}
 	} else {
-		k.ledger.counts.Finished, k.ledger.doneSum, k.ledger.indexSum = want.counts.Finished, want.doneSum, want.indexSum
+		entries, sum, err := k.tallyIndex()
+		if err != nil {
+			return err
+		}
+		k.ledger.counts.Finished, k.ledger.doneSum, k.ledger.indexSum = entries, want.doneSum, sum
 	}
 	if k.ledger != want {
 		return fmt.Errorf("%w: the records do not add up to what the ledger says: a key is missing, or was another", ErrCorrupt)
@@ -735,7 +739,7 @@ func (k *boltKeys) tallyLive() error {
 // tallyDone counts and sums the finished records and their index anew. The index is judged by its own sum:
 // the ledger's must equal both what the entries and what the records add up to.
 func (k *boltKeys) tallyDone() error {
-	var byRecords, byEntries, entries uint64
+	var byRecords uint64
 	k.ledger.doneSum = 0
 	err := k.done.ForEach(func(name, frame []byte) error {
 		h, err := peek(frame)
@@ -750,14 +754,7 @@ func (k *boltKeys) tallyDone() error {
 	if err != nil {
 		return err
 	}
-	err = k.index.ForEach(func(entry, _ []byte) error {
-		if len(entry) != 16 {
-			return fmt.Errorf("%w: an index entry of %d bytes", ErrCorrupt, len(entry))
-		}
-		entries++
-		byEntries += indexDigest(binary.BigEndian.Uint64(entry), binary.BigEndian.Uint64(entry[8:]))
-		return nil
-	})
+	entries, byEntries, err := k.tallyIndex()
 	if err != nil {
 		return err
 	}
@@ -766,4 +763,17 @@ func (k *boltKeys) tallyDone() error {
 	}
 	k.ledger.indexSum = byEntries
 	return nil
+}
+
+// tallyIndex counts and sums the index's entries anew.
+func (k *boltKeys) tallyIndex() (entries, sum uint64, err error) {
+	err = k.index.ForEach(func(entry, _ []byte) error {
+		if len(entry) != 16 {
+			return fmt.Errorf("%w: an index entry of %d bytes", ErrCorrupt, len(entry))
+		}
+		entries++
+		sum += indexDigest(binary.BigEndian.Uint64(entry), binary.BigEndian.Uint64(entry[8:]))
+		return nil
+	})
+	return entries, sum, err
 }

@@ -142,7 +142,7 @@ func checkPages(f *os.File, size int64, all, write bool) error {
 		}
 	}
 	if err == nil {
-		visit := isLive
+		visit := isVital
 		if all {
 			visit = nil
 		}
@@ -161,9 +161,10 @@ func checkPages(f *os.File, size int64, all, write bool) error {
 	return nil
 }
 
-// isLive picks the buckets that Open looks at however large the file is.
-func isLive(path [][]byte) bool {
-	return bytes.Equal(path[0], bucketRoot) && (len(path) == 1 || len(path) == 2 && bytes.Equal(path[1], bucketLive))
+// isVital picks the buckets that Open looks at however large the file is: what is unfinished, and by what the finished is found.
+func isVital(path [][]byte) bool {
+	return bytes.Equal(path[0], bucketRoot) &&
+		(len(path) == 1 || len(path) == 2 && (bytes.Equal(path[1], bucketLive) || bytes.Equal(path[1], bucketIndex)))
 }
 
 // survive turns every panic and fault in fn into ErrCorrupt: nothing but bbolt runs in it, on a file not trusted yet.
