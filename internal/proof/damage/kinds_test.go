@@ -50,7 +50,10 @@ func (v *victim) random(b []byte) {
 // name says which page it is, for whoever reads of a failure.
 func (v *victim) name(id uint64) string { return fmt.Sprintf("page %d (%s)", id, v.owner[id]) }
 
-const sealedMetas = "metas: sealed lies"
+const (
+	sealedMetas  = "metas: sealed lies"
+	sealedRecord = "record: sealed lies"
+)
 
 // A kind damages a victim and says what it did.
 type kind struct {
@@ -201,7 +204,7 @@ var kinds = []kind{
 		v.image = append(v.image, junk...)
 		return fmt.Sprintf("by %d bytes", len(junk))
 	}},
-	{"record: sealed lies", (*victim).craftRecord},
+	{sealedRecord, (*victim).craftRecord},
 	{"ledger: sealed lies", (*victim).craftLedger},
 	{"later format", (*victim).laterFormat},
 	{"foreign file", (*victim).foreignFile},

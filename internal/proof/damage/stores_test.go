@@ -122,14 +122,17 @@ func past(ctx context.Context, token string, s *transfer) error {
 	return nil
 }
 
-// A recorder copies a store's file after every commit. It keeps the latest commits and some of the earlier.
+// A recorder copies a store's file after every commit. It keeps the first, the latest and some of the others.
 type recorder struct {
 	path   string
 	n      int
 	images [][]byte
 }
 
-const latest = 7
+const (
+	latest = 7
+	all    = 40 // of so few commits, each is kept
+)
 
 func (r *recorder) commit(keystate.Event) {
 	image, err := os.ReadFile(r.path)
@@ -137,7 +140,7 @@ func (r *recorder) commit(keystate.Event) {
 		panic(err)
 	}
 	r.images = append(r.images, image)
-	if i := len(r.images) - 1 - latest; i >= 0 && (r.n-latest)%64 != 0 {
+	if i := len(r.images) - 1 - latest; r.n > all && (r.n-latest)%64 != 0 {
 		r.images = append(r.images[:i], r.images[i+1:]...)
 	}
 	r.n++
