@@ -4,6 +4,7 @@ package damage
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -183,7 +184,7 @@ func touched(image, healthy []byte, size int) map[uint64]bool {
 type product struct {
 	open  func(path string, o *keystate.Options) (*keystate.Engine[*bbolt.Tx], func() error, error)
 	frame func(e *keystate.Engine[*bbolt.Tx], path string, key keystate.Key) ([]byte, error)
-	mode  mode // how files are judged whatever the specimen says; empty: as it says
+	bound time.Duration // in place of openBound
 }
 
 var sound = product{open: openSound, frame: frameSound}
@@ -212,6 +213,7 @@ type judge struct {
 	buffer     []byte
 	goroutines int
 	files      int
+	peak       int64 // of the process's memory
 }
 
 // A verdict is what became of one file.
@@ -223,6 +225,7 @@ type verdict struct {
 }
 
 func newJudge(p product, stores []*store, dir string) (*judge, error) {
+	p.bound = cmp.Or(p.bound, openBound)
 	j := &judge{product: p, stores: stores, dir: dir, path: filepath.Join(dir, "keys")}
 	if err := j.put(stores[0].images[stores[0].last()]); err != nil {
 		return nil, err
@@ -253,13 +256,10 @@ func (j *judge) content() ([]byte, error) {
 }
 
 func (j *judge) judge(s *specimen) (v verdict) {
-	if j.mode != "" {
-		s.mode = j.mode
-	}
 	if err := j.put(s.image); err != nil {
 		return verdict{err: err}
 	}
-	verified, sampled := error(nil), s.mode == limited || s.IntN(4) == 0
+	verified, sampled := error(nil), s.mode == limited || s.IntN(8) == 0
 	if sampled {
 		verified = keystate.Verify(j.path)
 		if err := j.untouched(s, verified); err != nil {
@@ -295,7 +295,7 @@ func (j *judge) judge(s *specimen) (v verdict) {
 
 // after looks at what is left behind.
 func (v verdict) after(j *judge, s *specimen) verdict {
-	if v.open > openBound {
+	if v.open > j.bound {
 		v.err = errors.Join(v.err, fmt.Errorf("open took %v", v.open))
 	}
 	v.err = errors.Join(v.err, j.leftBehind())
@@ -347,7 +347,7 @@ func (j *judge) untouched(s *specimen, err error) error {
 func (j *judge) leftBehind() error {
 	entries, err := os.ReadDir(j.dir)
 	if err != nil || len(entries) != 1 {
-		return fmt.Errorf("%v lie in the directory: %w", entries, err)
+		return fmt.Errorf("in the directory lie %v (%v)", entries, err)
 	}
 	if n := openFiles(); n > j.files {
 		err = errors.Join(err, fmt.Errorf("%d descriptors are open, %d were", n, j.files))
@@ -359,15 +359,15 @@ func (j *judge) leftBehind() error {
 	if !j.unlocked() {
 		err = errors.Join(err, errors.New("the file is still locked"))
 	}
-	for deadline := time.Now().Add(openBound); runtime.NumGoroutine() > j.goroutines; runtime.Gosched() {
+	for deadline := time.Now().Add(j.bound); runtime.NumGoroutine() > j.goroutines; runtime.Gosched() {
 		if time.Now().After(deadline) {
 			stacks := make([]byte, 1<<16)
 			stacks = stacks[:runtime.Stack(stacks, true)]
 			return errors.Join(err, fmt.Errorf("%d goroutines run, %d did:\n%s", runtime.NumGoroutine(), j.goroutines, stacks))
 		}
 	}
-	if peak := peakMemory(); peak > memoryBound {
-		err = errors.Join(err, fmt.Errorf("the process held up to %d MiB", peak>>20))
+	if j.peak = peakMemory(); j.peak > memoryBound {
+		err = errors.Join(err, fmt.Errorf("the process held up to %d MiB", j.peak>>20))
 	}
 	return err
 }
@@ -489,7 +489,7 @@ func (in *inspection) identify() (err error) {
 	}
 	if g < 0 { // a commit that was not recorded
 		in.found = append(in.found, "rolled back, to a commit not recorded")
-		in.truth, err = truthOf(takeApart(in.image))
+		in.truth, err = unrecorded(in.image)
 		return err
 	}
 	if g != in.last() {
@@ -498,6 +498,16 @@ func (in *inspection) identify() (err error) {
 	in.touched = touched(in.image, in.images[g], in.layout(g).pageSize)
 	in.truth, err = in.store.truth(g)
 	return err
+}
+
+// unrecorded is what a file holds by its own account.
+func unrecorded(image []byte) (tr *truth, err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			err = fmt.Errorf("opened, and shows what its file does not hold: %v", v)
+		}
+	}()
+	return truthOf(takeApart(image))
 }
 
 // keys looks every key up.
@@ -538,8 +548,14 @@ func (in *inspection) listing() error {
 			delete(left, r.Key)
 			continue
 		}
-		if !bytes.Equal(frame, left[r.Key]) {
-			return fmt.Errorf("%s is listed, and is another or listed already", r.Key)
+		if !bytes.Equal(frame, in.truth.frames[r.Key]) {
+			return fmt.Errorf("%s is listed, and is another", r.Key)
+		}
+		if left[r.Key] == nil {
+			if in.strict {
+				return fmt.Errorf("%s is listed twice", r.Key)
+			}
+			in.found = append(in.found, "listed twice")
 		}
 		delete(left, r.Key)
 	}
@@ -595,7 +611,7 @@ func (in *inspection) backup() error {
 
 // goOn resumes every key, replays some, and begins a new one.
 func (in *inspection) goOn() error {
-	ctx, cancel := context.WithTimeout(ctx, openBound)
+	ctx, cancel := context.WithTimeout(ctx, in.bound)
 	defer cancel()
 	s, err := openShop(in.engine, in.act)
 	if err != nil {
@@ -689,10 +705,10 @@ func (in *inspection) effects(fresh keystate.Key, freshDone bool) error {
 			if len(tokens) > 0 {
 				return fmt.Errorf("%s is %s, and its effect ran again", key, r.Status)
 			}
-		case len(tokens) > 1 || len(tokens) == 0 && in.strict:
+		case len(tokens) != 1 && in.strict: // where a commit may fail, the effect runs again
 			return fmt.Errorf("the effect of %s ran %d times", key, len(tokens))
-		case len(tokens) == 1 && tokens[0] != in.truth.tokenOf(r):
-			return fmt.Errorf("the effect of %s ran under the token %s, not %s", key, tokens[0], in.truth.tokenOf(r))
+		case slices.ContainsFunc(tokens, func(token string) bool { return token != in.truth.tokenOf(r) }):
+			return fmt.Errorf("the effect of %s ran under the tokens %s, not %s", key, tokens, in.truth.tokenOf(r))
 		}
 	}
 	if n := len(in.acts[fresh.String()]); freshDone && n != 1 {

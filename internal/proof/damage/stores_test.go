@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"testing/cryptotest"
@@ -122,7 +123,8 @@ func past(ctx context.Context, token string, s *transfer) error {
 	return nil
 }
 
-// A recorder copies a store's file after every commit. It keeps the first, the latest and some of the others.
+// A recorder copies a store's file after every commit. It keeps all of a few commits, and of many the latest and
+// some of those before.
 type recorder struct {
 	path   string
 	n      int
@@ -139,8 +141,9 @@ func (r *recorder) commit(keystate.Event) {
 	if err != nil {
 		panic(err)
 	}
-	r.images = append(r.images, image)
-	if i := len(r.images) - 1 - latest; r.n > all && (r.n-latest)%64 != 0 {
+	if r.images = append(r.images, image); r.n == all {
+		r.images = slices.Clone(r.images[len(r.images)-latest:])
+	} else if i := len(r.images) - 1 - latest; r.n > all && (r.n-latest)%64 != 0 {
 		r.images = append(r.images[:i], r.images[i+1:]...)
 	}
 	r.n++
@@ -243,6 +246,7 @@ func (p plan) fill(t *testing.T, s *shop, from, to int) {
 		if refused := new(keystate.FinalError); err != nil && !errors.As(err, &refused) {
 			t.Fatal(err)
 		}
+		synctest.Wait() // till a notice has been tried: every commit is alone, and a file's seed means the same each time
 	}
 }
 
