@@ -326,7 +326,7 @@ func TestADamagedFileIsRefusedByNameOrHoldsExactlyWhatWasCommitted(t *testing.T)
 // a wrong answer.
 func TestDamageAmongTheFinishedOfALargeFileIsMetByName(t *testing.T) {
 	if *damagedLarge == 0 {
-		t.Skip("-damaged-large is 0")
+		t.Skip("-damaged-large is 0: some such damage ends the process, or makes a finished key unknown")
 	}
 	judgeMany(t, limited, *damagedLarge)
 }

@@ -9,5 +9,6 @@
 //
 //	go test ./internal/proof/damage
 //	go test ./internal/proof/damage -v -timeout=0 -damaged 1000000
-//	go test ./internal/proof/damage -v -damaged-seed 4711
+//	go test ./internal/proof/damage -v -artifacts -run DamagedFile -damaged-seed 4711
+//	go test ./internal/proof/damage -v -artifacts -run LargeFile -damaged-large 2000
 package damage

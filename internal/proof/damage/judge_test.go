@@ -521,7 +521,7 @@ func (in *inspection) keys() error {
 		case err == nil && !bytes.Equal(frame, in.truth.frames[key]):
 			return fmt.Errorf("the record of %s is another", key)
 		case err == nil:
-		case in.mayForget() && finished && errors.Is(err, keystate.ErrNotFound):
+		case finished && in.mayForget() && errors.Is(err, keystate.ErrNotFound):
 			in.found = append(in.found, "forgotten")
 			in.lost[key] = true
 		case in.tolerate("lookup", err) != nil:
@@ -533,8 +533,11 @@ func (in *inspection) keys() error {
 	return nil
 }
 
-// mayForget says whether a finished key may be unknown to a store that was opened without being checked as a whole.
-func (in *inspection) mayForget() bool { return !in.strict }
+// mayForget says whether a finished key may be unknown to a store that was opened without being checked as a whole: where pages
+// are stale, or checksums forged.
+func (in *inspection) mayForget() bool {
+	return !in.strict && slices.Contains([]string{"stale page", "stale pages", "stale bucket", "lost commit", "torn page", "swapped contents", sealedRecord}, in.kind)
+}
 
 // listing lists all keys, and counts them.
 func (in *inspection) listing() error {
