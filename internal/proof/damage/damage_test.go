@@ -225,7 +225,8 @@ func run(t *testing.T, l *tally, product string, m mode, from, until uint64) {
 // child judges files in a process of their own, and returns the seed with which to go on.
 func (l *tally) child(dir, kept, product string, m mode, from, until uint64) (next uint64) {
 	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%s %s %s %d %d", childEnv, dir, product, m, from, until), childEnv+"_KEEP="+kept, "GOMAXPROCS=2")
+	order := fmt.Sprintf("%s=%s %s %s %d %d", childEnv, dir, product, m, from, until)
+	cmd.Env = append(os.Environ(), order, childEnv+"_KEEP="+kept, "GOMAXPROCS=2")
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.StdoutPipe()
@@ -332,6 +333,9 @@ func TestDamageAmongTheFinishedOfALargeFileIsMetByName(t *testing.T) {
 }
 
 func judgeMany(t *testing.T, m mode, n uint64) {
+	if n /= slowdown; n == 0 {
+		n = 1
+	}
 	if testing.Short() {
 		n /= 8
 	}
@@ -352,7 +356,7 @@ func judgeMany(t *testing.T, m mode, n uint64) {
 
 func TestAnOpenerThatIsWrongIsFoundOut(t *testing.T) {
 	for _, name := range slices.Sorted(maps.Keys(products)) {
-		if name == "keystate" {
+		if name == "keystate" || name == "is-hungry" && memoryFactor > 1 {
 			continue
 		}
 		t.Run(name, func(t *testing.T) {

@@ -28,8 +28,8 @@ import (
 // What must hold of a damaged file.
 
 const (
-	openBound   = 5 * time.Second // of one call; the promise is a second on a quiet machine
-	memoryBound = 256 << 20       // of a child process
+	openBound   = 5 * time.Second          // of one call; the promise is a second on a quiet machine
+	memoryBound = memoryFactor * 256 << 20 // of a child process
 )
 
 // A truth is what a store held at one generation.
@@ -536,7 +536,9 @@ func (in *inspection) keys() error {
 // mayForget says whether a finished key may be unknown to a store that was opened without being checked as a whole: where pages
 // are stale, or checksums forged.
 func (in *inspection) mayForget() bool {
-	return !in.strict && slices.Contains([]string{"stale page", "stale pages", "stale bucket", "lost commit", "torn page", "swapped contents", sealedRecord}, in.kind)
+	return !in.strict && slices.Contains([]string{
+		"stale page", "stale pages", "stale bucket", "lost commit", "torn page", "swapped contents", sealedRecord,
+	}, in.kind)
 }
 
 // listing lists all keys, and counts them.

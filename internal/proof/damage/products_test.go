@@ -16,8 +16,7 @@ import (
 	"example.com/keystate/internal/boltfile"
 )
 
-// products are what is shown the files: keystate, and openers that are wrong on purpose. Each of those but the first few is
-// keystate but for one fault.
+// products are what is shown the files: keystate, and openers that are wrong on purpose, each in one way.
 var products = map[string]product{
 	"keystate": sound,
 
@@ -28,10 +27,10 @@ var products = map[string]product{
 	"grows-what-it-refuses":        {open: before(roundUp), frame: frameSound},
 	"takes-empty-for-new":          {open: before(removeEmpty), frame: frameSound},
 	"keeps-the-lock":               {open: onRefusal(keepLocked), frame: frameSound},
-	"keeps-a-goroutine":            {open: onRefusal(func(string, error) error { go func() { select {} }(); return nil }), frame: frameSound, bound: 500 * time.Millisecond},
+	"keeps-a-goroutine":            {open: onRefusal(keepRunning), frame: frameSound, bound: time.Second / 2},
 	"leaves-a-copy":                {open: onRefusal(leaveCopy), frame: frameSound},
-	"names-no-error":               {open: onRefusal(func(_ string, err error) error { return errors.New(err.Error()) }), frame: frameSound},
-	"is-hungry":                    {open: onRefusal(func(string, error) error { hungry = bytes.Repeat([]byte{1}, memoryBound); return nil }), frame: frameSound},
+	"names-no-error":               {open: onRefusal(unname), frame: frameSound},
+	"is-hungry":                    {open: onRefusal(devour), frame: frameSound},
 	"is-slow":                      {open: onRefusal(dawdle), frame: frameSound, bound: 200 * time.Millisecond},
 	"forgets-a-key":                {open: openSound, frame: frameForgetful},
 }
@@ -167,7 +166,8 @@ func restoreMeta(path string) {
 	}
 	damagedID := newest(image, size)
 	m := metaOf(image, size, damagedID)
-	if was := native.Uint64(m[56:]); was == func() uint64 { reseal(m); return native.Uint64(m[56:]) }() {
+	was := native.Uint64(m[56:])
+	if reseal(m); was == native.Uint64(m[56:]) {
 		return
 	}
 	older := metaOf(image, size, 1-damagedID)
@@ -193,6 +193,18 @@ var (
 	locked *os.File
 	hungry []byte
 )
+
+func unname(_ string, err error) error { return errors.New(err.Error()) }
+
+func keepRunning(string, error) error {
+	go func() { select {} }()
+	return nil
+}
+
+func devour(string, error) error {
+	hungry = bytes.Repeat([]byte{1}, 256<<20)
+	return nil
+}
 
 func dawdle(string, error) error {
 	for began := time.Now(); time.Since(began) < time.Second/2; {
