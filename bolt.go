@@ -14,10 +14,12 @@ import (
 	"math/bits"
 	"os"
 	"path/filepath"
+	"reflect"
 	"runtime"
 	"runtime/debug"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/uuid"
@@ -46,14 +48,17 @@ const storeFormat = 1
 // boltStore is a Store in a bbolt file.
 type boltStore struct {
 	committer
-	db    *bbolt.DB
-	file  *os.File // nil when the program opened the database
-	path  string
-	info  fs.FileInfo // what the path led to when the store was opened: begin looks whether it still does
-	id    [16]byte
-	most  int64 // soft limit of the file's size, for new keys
-	spare int64 // disk space to keep for unfinished keys
-	room  struct {
+	db      *bbolt.DB
+	file    *os.File // nil when the program opened the database
+	path    string
+	whole   bool          // Open has checked all of the file
+	summed  chan struct{} // closed when the index adds up, or the store has stopped because it does not
+	closing atomic.Bool
+	info    fs.FileInfo // what the path led to when the store was opened: begin looks whether it still does
+	id      [16]byte
+	most    int64 // soft limit of the file's size, for new keys
+	spare   int64 // disk space to keep for unfinished keys
+	room    struct {
 		sync.Mutex
 		checked time.Time
 		err     error
@@ -70,7 +75,7 @@ func Bolt(db *bbolt.DB) Store[*bbolt.Tx] {
 var attached sync.Map // *bbolt.DB → struct{}
 
 func newBoltStore(db *bbolt.DB, path string) *boltStore {
-	s := &boltStore{db: db, path: path}
+	s := &boltStore{db: db, path: path, summed: make(chan struct{})}
 	s.committer.init(s)
 	return s
 }
@@ -120,6 +125,11 @@ func (s *boltStore) Boot(ctx context.Context) (id [16]byte, epoch uint64, err er
 	}
 	s.id = id
 	s.start()
+	if s.file == nil || s.whole {
+		close(s.summed)
+	} else {
+		go s.sumIndex()
+	}
 	return id, epoch, nil
 }
 
@@ -609,31 +619,45 @@ func damage(v any) error {
 		return fmt.Errorf("%w: reading it failed at address %#x", ErrCorrupt, fault.Addr())
 	}
 	const misuse = "assertion failed: managed tx " // of the program's: Commit or Rollback inside Update or View
-	if text, ok := v.(string); ok && strings.HasPrefix(text, misuse) || !raisedInBolt() {
+	if text, ok := v.(string); ok && strings.HasPrefix(text, misuse) {
+		return nil
+	}
+	raised, called := raisedInBolt()
+	if !raised || isNil(v) && called { // a program that asks a bucket which is not there
 		return nil
 	}
 	return fmt.Errorf("%w: bbolt: %v", ErrCorrupt, v)
 }
 
-// raisedInBolt says whether the present panic was raised in bbolt's own code: what that trusts and finds otherwise, it meets as
-// an index or a length out of range, or as an assertion of its own.
-func raisedInBolt() bool {
+func isNil(v any) bool {
+	err, ok := v.(runtime.Error)
+	return ok && strings.Contains(err.Error(), "nil pointer dereference")
+}
+
+// raisedInBolt says whether the present panic was raised in bbolt's own code, and whether a program's function had called it: what bbolt
+// trusts and finds otherwise, it meets as an index or a length out of range, or as an assertion of its own.
+func raisedInBolt() (raised, byProgram bool) {
 	var pcs [64]uintptr
 	frames := runtime.CallersFrames(pcs[:runtime.Callers(1, pcs[:])])
 	panicking := false
-	for {
-		f, more := frames.Next()
+	for more := true; more; {
+		var f runtime.Frame
+		f, more = frames.Next()
 		switch {
 		case strings.HasPrefix(f.Function, "runtime."):
 			panicking = panicking || f.Function == "runtime.gopanic"
-		case panicking:
-			return strings.HasPrefix(f.Function, "go.etcd.io/bbolt")
-		}
-		if !more {
-			return false
+		case !panicking: // those who deal with the panic
+		case strings.HasPrefix(f.Function, "go.etcd.io/bbolt"):
+			raised = true
+		default:
+			return raised, raised && !strings.HasPrefix(f.Function, ourPackage)
 		}
 	}
+	return raised, false
 }
+
+// ourPackage is how the names of this package's functions begin.
+var ourPackage = reflect.TypeFor[boltStore]().PkgPath() + "."
 
 // commitError names what a failed bbolt commit means. Only errors known to have written nothing that counts
 // leave the store usable; all others may or may not be on disk.
@@ -670,8 +694,16 @@ func (s *boltStore) size() (used, free int64) {
 
 func (s *boltStore) limit(maxBytes, headroom int64) { s.most, s.spare = maxBytes, headroom }
 
-// admit says whether there is room for a new key: unfinished ones must be able to end.
-func (s *boltStore) admit() error {
+// admit says whether a key that was not found is new, and whether there is room for it: unfinished ones must be able to end.
+func (s *boltStore) admit(ctx context.Context) error {
+	select {
+	case <-s.summed:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	if err := s.failure(); err != nil {
+		return err
+	}
 	s.room.Lock()
 	defer s.room.Unlock()
 	const pause = time.Second // between two looks at the disk
@@ -708,11 +740,7 @@ func checkRecords(tx *bbolt.Tx, id [16]byte, all bool) error {
 			return err
 		}
 	} else {
-		entries, sum, err := k.tallyIndex()
-		if err != nil {
-			return err
-		}
-		k.ledger.counts.Finished, k.ledger.doneSum, k.ledger.indexSum = entries, want.doneSum, sum
+		k.ledger.counts.Finished, k.ledger.doneSum, k.ledger.indexSum = want.counts.Finished, want.doneSum, want.indexSum
 	}
 	if k.ledger != want {
 		return fmt.Errorf("%w: the records do not add up to what the ledger says: a key is missing, or was another", ErrCorrupt)
@@ -754,7 +782,7 @@ func (k *boltKeys) tallyDone() error {
 	if err != nil {
 		return err
 	}
-	entries, byEntries, err := k.tallyIndex()
+	entries, byEntries, err := k.tallyIndex(func() bool { return false })
 	if err != nil {
 		return err
 	}
@@ -765,15 +793,37 @@ func (k *boltKeys) tallyDone() error {
 	return nil
 }
 
-// tallyIndex counts and sums the index's entries anew.
-func (k *boltKeys) tallyIndex() (entries, sum uint64, err error) {
+// tallyIndex counts and sums the index's entries anew, unless it is stopped.
+func (k *boltKeys) tallyIndex(stopped func() bool) (entries, sum uint64, err error) {
 	err = k.index.ForEach(func(entry, _ []byte) error {
 		if len(entry) != 16 {
 			return fmt.Errorf("%w: an index entry of %d bytes", ErrCorrupt, len(entry))
 		}
-		entries++
+		if entries++; entries%1024 == 0 && stopped() {
+			return ErrClosed
+		}
 		sum += indexDigest(binary.BigEndian.Uint64(entry), binary.BigEndian.Uint64(entry[8:]))
 		return nil
 	})
 	return entries, sum, err
+}
+
+// sumIndex sums the index of a store of which Open has not checked all, and stops the store when it does not add up. A key
+// that lies on a page which was lost would look like a new one, and be carried out again: so none is taken for new before.
+func (s *boltStore) sumIndex() {
+	defer close(s.summed)
+	err := s.View(context.Background(), func(tx *bbolt.Tx) error {
+		k, err := newBoltKeys(tx, s.id)
+		if err != nil {
+			return err
+		}
+		entries, sum, err := k.tallyIndex(s.closing.Load)
+		if err == nil && (entries != k.ledger.counts.Finished || sum != k.ledger.indexSum) {
+			err = fmt.Errorf("%w: the index does not add up to what the ledger says: a finished key would not be found", ErrCorrupt)
+		}
+		return err
+	})
+	if err != nil && !errors.Is(err, ErrClosed) {
+		s.fail(err)
+	}
 }

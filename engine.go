@@ -263,10 +263,10 @@ func (e *Engine[Tx]) observe(f func(Event), ev Event) {
 	}
 }
 
-// admit says whether the store has room for a new key.
-func (e *Engine[Tx]) admit() error {
+// admit says whether the store takes a key for a new one, and has room for it.
+func (e *Engine[Tx]) admit(ctx context.Context) error {
 	if a, ok := e.store.(admitter); ok {
-		return a.admit()
+		return a.admit(ctx)
 	}
 	return nil
 }

@@ -35,7 +35,7 @@ func openBolt(path string, o Options) (*boltStore, error) {
 		if err != nil {
 			return nil, err
 		}
-		db, err := openChecked(f, o.VerifyLimit)
+		db, whole, err := openChecked(f, o.VerifyLimit)
 		if err != nil {
 			return nil, err
 		}
@@ -44,7 +44,7 @@ func openBolt(path string, o Options) (*boltStore, error) {
 		}
 		sweepDrafts(path)
 		s := newBoltStore(db, path)
-		s.file = f
+		s.file, s.whole = f, whole
 		return s, nil
 	}
 	return nil, fmt.Errorf("%w: %s changes while it is being opened", ErrMoved, path)
@@ -103,9 +103,9 @@ func lockFile(f *os.File, timeout time.Duration) error {
 	}
 }
 
-// openChecked checks the file's pages before bbolt maps them, and its records before anybody relies on them. When it
-// fails, it lets go of the file.
-func openChecked(f *os.File, verifyLimit int64) (db *bbolt.DB, err error) {
+// openChecked checks the file's pages before bbolt maps them, and its records before anybody relies on them: the whole of
+// a file up to the limit. When it fails, it lets go of the file.
+func openChecked(f *os.File, verifyLimit int64) (db *bbolt.DB, whole bool, err error) {
 	defer func() {
 		if err != nil {
 			unlockFile(f)
@@ -115,20 +115,20 @@ func openChecked(f *os.File, verifyLimit int64) (db *bbolt.DB, err error) {
 	}()
 	info, err := f.Stat()
 	if err != nil {
-		return nil, fmt.Errorf("keystate: %w", err)
+		return nil, false, fmt.Errorf("keystate: %w", err)
 	}
 	all := info.Size() <= verifyLimit
 	if err := checkPages(f, info.Size(), all, true); err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	if db, err = openDB(f, false); err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	if err := checkDB(db, all); err != nil {
 		closeBolt(db, f)
-		return nil, err
+		return nil, false, err
 	}
-	return db, nil
+	return db, all, nil
 }
 
 // checkPages checks the file's structure: of every bucket, or of those that hold what is unfinished. When the file is about to
@@ -142,7 +142,7 @@ func checkPages(f *os.File, size int64, all, write bool) error {
 		}
 	}
 	if err == nil {
-		visit := isVital
+		visit := vital
 		if all {
 			visit = nil
 		}
@@ -161,10 +161,16 @@ func checkPages(f *os.File, size int64, all, write bool) error {
 	return nil
 }
 
-// isVital picks the buckets that Open looks at however large the file is: what is unfinished, and by what the finished is found.
-func isVital(path [][]byte) bool {
-	return bytes.Equal(path[0], bucketRoot) &&
-		(len(path) == 1 || len(path) == 2 && (bytes.Equal(path[1], bucketLive) || bytes.Equal(path[1], bucketIndex)))
+// vital is how much of each bucket Open looks at however large the file is: all of what is unfinished; of what is finished and of its
+// index so much that no walk in them goes on for ever. Their records bear checksums, and the index is summed before a key is taken for new.
+func vital(path [][]byte) boltfile.Extent {
+	switch {
+	case !bytes.Equal(path[0], bucketRoot):
+		return boltfile.Nothing
+	case len(path) == 1, bytes.Equal(path[1], bucketLive):
+		return boltfile.Everything
+	}
+	return boltfile.Branches
 }
 
 // survive turns every panic and fault in fn into ErrCorrupt: nothing but bbolt runs in it, on a file not trusted yet.
@@ -323,7 +329,7 @@ func Compact(from, to string) error {
 	if err != nil {
 		return err
 	}
-	source, err := openChecked(f, math.MaxInt64)
+	source, _, err := openChecked(f, math.MaxInt64)
 	if err != nil {
 		return err
 	}
@@ -340,6 +346,10 @@ func (s *boltStore) Close() error {
 	attached.Delete(s.db)
 	if s.file == nil {
 		return nil
+	}
+	s.closing.Store(true)
+	if s.started {
+		<-s.summed
 	}
 	return closeBolt(s.db, s.file)
 }

@@ -26,17 +26,26 @@ const (
 	maxPath = 512
 )
 
+// An Extent is how much of a bucket is checked.
+type Extent int
+
+const (
+	Nothing    Extent = iota
+	Branches          // the pages above its leaves: then walking down to any key comes to an end
+	Everything        // all its pages, and the buckets in it as visit says
+)
+
 // Check checks the structure below the header: the freelist, the root bucket's tree, and
-// every bucket for which visit returns true, given its names from the top. Path is valid
-// only during the call. A nil visit means every bucket; then every page below the high
+// of every bucket as much as visit says, given its names from the top. Path is valid
+// only during the call. A nil visit means everything; then every page below the high
 // water mark must be used or free, or else the error is ErrLeaked.
 //
-// When the freelist was not written, Check visits all buckets whatever visit says: opening
+// When the freelist was not written, Check visits everything whatever visit says: opening
 // such a file, bbolt walks all of them in a goroutine whose panic nobody can recover.
 //
 // Its other errors are ErrDamaged, the reader's, and one saying that buckets are nested too
 // deep to be checked.
-func Check(r io.ReaderAt, size int64, h Header, visit func(path [][]byte) bool) error {
+func Check(r io.ReaderAt, size int64, h Header, visit func(path [][]byte) Extent) error {
 	if err := h.check(h.TxID%2, size); err != nil {
 		return err
 	}
@@ -65,7 +74,7 @@ func Check(r io.ReaderAt, size int64, h Header, visit func(path [][]byte) bool) 
 type checker struct {
 	r io.ReaderAt
 	Header
-	visit   func(path [][]byte) bool
+	visit   func(path [][]byte) Extent
 	claimed []uint64 // a bit for every page that has been found used or free
 	pages   [][]byte // buffers for the pages on the way from the root page, reused
 	depth   int      // how many of them are in use
@@ -163,6 +172,45 @@ func (c *checker) branch(p page, first, limit []byte) (levels int, err error) {
 	return levels + 1, nil
 }
 
+// outline checks the branches of page id and below, and returns how many levels there are. It reads one leaf, to
+// know how deep they lie, and claims the others.
+func (c *checker) outline(id uint64) (levels int, err error) {
+	p, err := c.enter(id)
+	if err != nil {
+		return 0, err
+	}
+	defer c.leave()
+	switch {
+	case p.flags == leafFlag:
+		return 1, nil
+	case p.flags != branchFlag:
+		return 0, damaged(id, "flags %#x in a bucket's tree", p.flags)
+	case p.count == 0:
+		return 0, damaged(id, "branch without elements")
+	}
+	if err := c.scan(p, nil, nil); err != nil {
+		return 0, err
+	}
+	for i := range p.count {
+		child := p.element(i).child
+		if i > 0 && levels == 1 {
+			if err := c.claim(child, 0); err != nil {
+				return 0, err
+			}
+			continue
+		}
+		n, err := c.outline(child)
+		switch {
+		case err != nil:
+			return 0, err
+		case i > 0 && n != levels:
+			return 0, damaged(id, "child %d has %d levels, those before it %d", i, n, levels)
+		}
+		levels = n
+	}
+	return levels + 1, nil
+}
+
 func (c *checker) leaf(p page, first, limit []byte) error {
 	if err := c.scan(p, first, limit); err != nil {
 		return err
@@ -197,10 +245,18 @@ func (c *checker) bucket(p page, i int, e element) error {
 	name, value := b[:e.value-e.key], b[e.value-e.key:]
 	c.names = append(c.names, name)
 	defer func() { c.names = c.names[:len(c.names)-1] }()
-	if c.visit != nil && !c.visit(c.names) {
-		return nil
+	extent := Everything
+	if c.visit != nil {
+		extent = c.visit(c.names)
 	}
-	if root := native.Uint64(value); root != 0 {
+	root := native.Uint64(value)
+	switch {
+	case extent == Nothing:
+		return nil
+	case root != 0 && extent == Branches:
+		_, err := c.outline(root)
+		return err
+	case root != 0:
 		_, err := c.tree(root, nil, nil)
 		return err
 	}

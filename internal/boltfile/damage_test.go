@@ -292,7 +292,7 @@ func TestAPageForgottenByTheFreelistIsLeaked(t *testing.T) {
 // bbolt would free them with it, whoever uses them.
 func TestARunThatIsTooLongIsDamaged(t *testing.T) {
 	rng := rand.New(rand.NewPCG(5, 5))
-	onlyRoot := func([][]byte) bool { return false }
+	onlyRoot := func([][]byte) Extent { return Nothing }
 	for _, options := range []bbolt.Options{{PageSize: 1024}, {PageSize: 1024, NoFreelistSync: true}} {
 		var txs []func(*bbolt.Tx) error
 		for range 20 {
@@ -312,6 +312,52 @@ func TestARunThatIsTooLongIsDamaged(t *testing.T) {
 				if err := Check(bytes.NewReader(damaged), int64(len(damaged)), h, onlyRoot); !errors.Is(err, ErrDamaged) {
 					t.Errorf("page %d of %+v: %v", id, h, err)
 				}
+			}
+		}
+	}
+}
+
+// A walk down a bucket of which only the branches are checked comes to an end, wherever it is damaged.
+func TestOfABucketsBranchesEveryCycleIsDamaged(t *testing.T) {
+	image := build(t, bbolt.Options{PageSize: 1024}, func(tx *bbolt.Tx) error {
+		b := create(tx, "b")
+		for i := range 3000 {
+			if err := b.Put(numbered(i, 8), make([]byte, 20)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	h, err := ReadHeader(bytes.NewReader(image), int64(len(image)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	outline := func(image []byte) error {
+		return Check(bytes.NewReader(image), int64(len(image)), h, func([][]byte) Extent { return Branches })
+	}
+	if err := outline(image); err != nil {
+		t.Fatal(err)
+	}
+	var branches []uint64
+	for id := uint64(2); id < h.HighWater; id++ {
+		if p := pageOf(image, id); parsePage(p).flags == branchFlag {
+			branches = append(branches, id)
+		}
+	}
+	if len(branches) < 3 {
+		t.Fatalf("only %d branches", len(branches))
+	}
+	for _, from := range branches {
+		for _, to := range branches {
+			damaged := slices.Clone(image)
+			p := pageOf(damaged, from)
+			last := pageHeaderSize + (parsePage(p).count-1)*elementSize
+			if native.Uint64(p[last+8:]) == to {
+				continue
+			}
+			native.PutUint64(p[last+8:], to)
+			if err := outline(damaged); !errors.Is(err, ErrDamaged) {
+				t.Errorf("page %d names page %d: %v", from, to, err)
 			}
 		}
 	}

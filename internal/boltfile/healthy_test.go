@@ -168,9 +168,12 @@ func TestOnlyWantedBucketsAreVisited(t *testing.T) {
 			t.Fatal(err)
 		}
 		var asked []string
-		visit := func(path [][]byte) bool {
+		visit := func(path [][]byte) Extent {
 			asked = append(asked, string(bytes.Join(path, []byte("/"))))
-			return string(path[0]) == "mine"
+			if string(path[0]) == "mine" {
+				return Everything
+			}
+			return Nothing
 		}
 		if err := Check(bytes.NewReader(image), int64(len(image)), h, visit); err != nil {
 			t.Fatal(err)
