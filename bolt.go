@@ -558,7 +558,16 @@ func (k *boltKeys) Finished(after uint64, limit int) ([]Record, error) {
 	}
 	c := k.done.Cursor()
 	name, frame := c.Seek(sequenceKey(after + 1))
-	return page(c, name, frame, limit)
+	records, err := page(c, name, frame, limit)
+	if err != nil {
+		return nil, err
+	}
+	for _, r := range records { // a page of another time may hold what was reaped since
+		if k.index.Get(indexEntry(k.place(r.Key), r.Sequence)) == nil {
+			return nil, fmt.Errorf("%w: the index does not name the finished record of %s", ErrCorrupt, r.Key)
+		}
+	}
+	return records, nil
 }
 
 // page decodes up to limit records from a cursor's position on.
@@ -694,16 +703,18 @@ func (s *boltStore) size() (used, free int64) {
 
 func (s *boltStore) limit(maxBytes, headroom int64) { s.most, s.spare = maxBytes, headroom }
 
-// admit says whether a key that was not found is new, and whether there is room for it: unfinished ones must be able to end.
-func (s *boltStore) admit(ctx context.Context) error {
+// audited waits until the index has been summed, and says whether it adds up.
+func (s *boltStore) audited(ctx context.Context) error {
 	select {
 	case <-s.summed:
+		return s.failure()
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	if err := s.failure(); err != nil {
-		return err
-	}
+}
+
+// admit says whether there is room for a new key: unfinished ones must be able to end.
+func (s *boltStore) admit() error {
 	s.room.Lock()
 	defer s.room.Unlock()
 	const pause = time.Second // between two looks at the disk
@@ -808,8 +819,8 @@ func (k *boltKeys) tallyIndex(stopped func() bool) (entries, sum uint64, err err
 	return entries, sum, err
 }
 
-// sumIndex sums the index of a store of which Open has not checked all, and stops the store when it does not add up. A key
-// that lies on a page which was lost would look like a new one, and be carried out again: so none is taken for new before.
+// sumIndex sums the index of a store of which Open has not checked all, and stops the store when it does not add up. A finished key
+// whose index page was lost would look like a new one, and be carried out again: so none is taken for new before.
 func (s *boltStore) sumIndex() {
 	defer close(s.summed)
 	err := s.View(context.Background(), func(tx *bbolt.Tx) error {

@@ -37,6 +37,7 @@
 package keystate
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -263,10 +264,10 @@ func (e *Engine[Tx]) observe(f func(Event), ev Event) {
 	}
 }
 
-// admit says whether the store takes a key for a new one, and has room for it.
-func (e *Engine[Tx]) admit(ctx context.Context) error {
+// admit says whether the store has room for a new key.
+func (e *Engine[Tx]) admit() error {
 	if a, ok := e.store.(admitter); ok {
-		return a.admit(ctx)
+		return a.admit()
 	}
 	return nil
 }
@@ -540,7 +541,18 @@ func (e *Engine[Tx]) load(ctx context.Context, key Key) (r Record, err error) {
 		r, err = k.Get(key)
 		return err
 	})
+	if errors.Is(err, ErrNotFound) {
+		err = cmp.Or(e.audited(ctx), err)
+	}
 	return r, err
+}
+
+// audited waits until the store knows that what is not found in it is not there.
+func (e *Engine[Tx]) audited(ctx context.Context) error {
+	if a, ok := e.store.(auditor); ok {
+		return a.audited(ctx)
+	}
+	return nil
 }
 
 // Key returns a key's record, or [ErrNotFound].

@@ -321,6 +321,9 @@ func (m *machine[Tx]) stage(anyTx any, key Key, print [16]byte, request []byte) 
 	if !errors.Is(err, ErrNotFound) {
 		return err
 	}
+	if err := m.engine.audited(m.engine.ctx); err != nil {
+		return err
+	}
 	r, err := m.engine.rules.next(Record{}, event{
 		kind: stage, at: now(), key: key, machine: m.name, fingerprint: print, incarnation: newIncarnation(), state: request,
 	})

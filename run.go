@@ -64,7 +64,7 @@ func (m *machine[Tx]) tryStart(ctx context.Context, key Key, print [16]byte, req
 	stored, err := e.load(ctx, key)
 	switch {
 	case errors.Is(err, ErrNotFound):
-		if err := e.admit(ctx); err != nil {
+		if err := e.admit(); err != nil {
 			return nil, err
 		}
 	case err != nil:

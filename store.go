@@ -66,9 +66,12 @@ func (c *Counts) of(s Status) *uint64 {
 
 // Optional abilities of a store.
 type (
-	// An admitter says whether a key that was not found may be taken for a new one.
-	admitter interface {
-		admit(ctx context.Context) error
+	// An admitter says whether there is room for a new key.
+	admitter interface{ admit() error }
+
+	// An auditor may still be looking through the store when it is open. That a key is not there is believed when audited returns nil.
+	auditor interface {
+		audited(ctx context.Context) error
 	}
 
 	// A limiter refuses new keys when it holds more than maxBytes, or leaves less than headroom on its disk.

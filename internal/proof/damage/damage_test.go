@@ -26,7 +26,7 @@ import (
 
 var (
 	damaged      = flag.Uint64("damaged", 10_000, "files to damage")
-	damagedLarge = flag.Uint64("damaged-large", 0, "files to damage and open as if they were larger than VerifyLimit")
+	damagedLarge = flag.Uint64("damaged-large", 200, "files to damage and open as if they were larger than VerifyLimit")
 	damagedSeed  = flag.Int64("damaged-seed", -1, "the seed of the one file to damage and judge")
 	damagedFrom  = flag.Uint64("damaged-from", 0, "the seed of the first file")
 )
@@ -269,12 +269,12 @@ func (l *tally) child(dir, kept, product string, m mode, from, until uint64) (ne
 		l.fault("a child that judges files from %d: %v\n%s", from, err, stderr.Bytes())
 		return until
 	} else {
-		l.died(kind, what, hung, err, stderr.Bytes())
+		l.died(m, kind, what, hung, err, stderr.Bytes())
 	}
 	return next + 1
 }
 
-func (l *tally) died(kind, what string, hung bool, err error, stderr []byte) {
+func (l *tally) died(m mode, kind, what string, hung bool, err error, stderr []byte) {
 	l.Lock()
 	defer l.Unlock()
 	l.files++
@@ -283,6 +283,9 @@ func (l *tally) died(kind, what string, hung bool, err error, stderr []byte) {
 		how = "hung"
 	}
 	count(l.outcomes, kind, how)
+	if bytes.Contains(stderr, []byte("goroutine stack exceeds")) && m == limited {
+		return
+	}
 	l.faults = append(l.faults, fmt.Sprintf("%s: %s: %v\n%s", what, how, err, stderr[:min(len(stderr), 3000)]))
 }
 
@@ -324,11 +327,9 @@ func TestADamagedFileIsRefusedByNameOrHoldsExactlyWhatWasCommitted(t *testing.T)
 }
 
 // Of a file over VerifyLimit, Open does not look at what is finished. Damage there may be met later: then by name, and never as
-// a wrong answer.
+// a wrong answer, or as a key that is not known. A leaf that has become a branch, or a branch of the program's own, may lead to itself
+// and overflow bbolt's stack, which nobody can recover from; the table counts those.
 func TestDamageAmongTheFinishedOfALargeFileIsMetByName(t *testing.T) {
-	if *damagedLarge == 0 {
-		t.Skip("-damaged-large is 0: some such damage ends the process, or makes a finished key unknown")
-	}
 	judgeMany(t, limited, *damagedLarge)
 }
 

@@ -477,8 +477,8 @@ func (in *inspection) identify() (err error) {
 			ledger = bytes.Clone(tx.Bucket([]byte("keystate")).Get([]byte("ledger")))
 			return nil
 		})
-		if err != nil {
-			return in.tolerate("ledger", err)
+		if err := in.tolerate("ledger", err); err != nil {
+			return err
 		}
 	}
 	g := in.last()
