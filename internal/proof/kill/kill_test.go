@@ -1,0 +1,152 @@
+//go:build unix
+
+package kill
+
+import (
+	"cmp"
+	"errors"
+	"flag"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+var cycles = flag.Int("cycles", 100, "how often a child is killed")
+
+const (
+	clients     = 16
+	perFile     = 250              // kills, until all is carried to its end and another file is begun
+	lookEvery   = 5                // kills, of which the file is looked into after one
+	openWithin  = time.Second      // however the last child ended
+	memoryLimit = 256 << 20        // bytes of a child's memory
+	hang        = 30 * time.Second // after which something will never happen
+)
+
+func TestMain(m *testing.M) {
+	if path := os.Getenv(pathVariable); path != "" {
+		runChild(path, bug(os.Getenv(bugVariable)))
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// sights are what must have happened, or the test has proved less than it says.
+var sights = []string{
+	"killed while opening the file", "killed at work", "killed while closing",
+	"a file looked into", "an effect sent again", "a replay", "a refusal", "a key reaped", "a key used again after it was reaped",
+}
+
+func TestKillNineLosesNothingThatWasAcknowledged(t *testing.T) {
+	seen, began, spoke := map[string]int{}, time.Now(), time.Now()
+	var heaviest int64
+	for done := 0; done < *cycles; {
+		w := newWorld()
+		n := min(perFile, *cycles-done)
+		lived, err := w.play(filepath.Join(t.TempDir(), fmt.Sprintf("%d.db", done)), n, "")
+		done += lived
+		for what, times := range w.seen {
+			seen[what] += times
+		}
+		seen["a transfer"] += len(w.ids)
+		heaviest = max(heaviest, w.heaviest)
+		if err != nil {
+			t.Fatalf("cycle %d: %v", done, err)
+		}
+		if time.Since(spoke) > 10*time.Second {
+			spoke = time.Now()
+			t.Logf("%d cycles, %.1f a second, %d transfers", done, float64(done)/time.Since(began).Seconds(), seen["a transfer"])
+			fmt.Printf("%d cycles, %.1f a second, %d transfers\n", done, float64(done)/time.Since(began).Seconds(), seen["a transfer"])
+		}
+	}
+	t.Logf("%d cycles in %v, at most %d MiB\n%s", *cycles, time.Since(began).Round(time.Millisecond), heaviest>>20, list(seen))
+	for _, what := range sights {
+		if seen[what] == 0 && *cycles >= 100 {
+			t.Errorf("never seen: %s", what)
+		}
+	}
+}
+
+func list(seen map[string]int) string {
+	var b strings.Builder
+	for _, what := range slices.Sorted(maps.Keys(seen)) {
+		fmt.Fprintf(&b, "%8d  %s\n", seen[what], what)
+	}
+	return b.String()
+}
+
+// play kills one child after another on one file while clients ask, and carries all to its end. It returns how
+// many were killed by the time that a promise was broken.
+func (w *world) play(path string, cycles int, b bug) (lived int, err error) {
+	s, enough := &street{changed: make(chan struct{})}, make(chan struct{})
+	ended := s.crowd(w, clients, enough)
+	for ; lived < cycles && w.failed() == nil; lived++ {
+		p, err := startProcess(w, path, b)
+		if err != nil {
+			w.blame(err)
+			break
+		}
+		s.put(p)
+		p.live(moments[rand.IntN(len(moments))])
+		if lived%lookEvery == 0 {
+			w.look(path)
+		}
+	}
+	close(enough)
+	if err := w.end(s, path, b, ended); err != nil {
+		w.blame(err)
+	}
+	<-ended
+	return lived, w.failed()
+}
+
+// end lets a last child carry everything to its end, and judges what there is then.
+func (w *world) end(s *street, path string, b bug, ended <-chan struct{}) error {
+	if w.failed() != nil {
+		return nil
+	}
+	p, err := startProcess(w, path, b)
+	if err != nil {
+		return err
+	}
+	defer p.kill()
+	s.put(p)
+	p.await(ended)
+	p.out.send(command{Finish: true})
+	select {
+	case n := <-p.counts:
+		p.out.send(command{Close: true})
+		p.await(p.gone)
+		if w.failed() == nil {
+			w.settle(path, &n)
+		}
+	case <-p.gone:
+		return cmp.Or(w.failed(), errors.New("the last child died by itself"))
+	case <-w.broken:
+	case <-time.After(2 * hang):
+		return errors.New("some keys do not end")
+	}
+	return nil
+}
+
+// A judge who has never found anything proves nothing.
+func TestTheJudgeOfKillsFindsSeededBugs(t *testing.T) {
+	for _, b := range []bug{answersEarly, inventsTokens, twoTransactions, countsInMemory, givesUp, opensSlowly, hoards} {
+		t.Run(string(b), func(t *testing.T) {
+			if _, err := os.Stat("/proc/self/status"); err != nil && b == hoards {
+				t.Skip("this system does not tell how much memory a process has used")
+			}
+			w := newWorld()
+			lived, err := w.play(filepath.Join(t.TempDir(), "store.db"), *cycles, b)
+			if err == nil {
+				t.Fatalf("not found in %d cycles", lived)
+			}
+			logFound(t, lived, err)
+		})
+	}
+}
