@@ -273,9 +273,11 @@ func (c *child) sendPayout(ctx context.Context, token string, s *transfer) (err 
 	s.Token = token
 	if s.Payout, err = c.call(ctx, s.ID, token); err == nil && c.bug == answersEarly {
 		c.mu.Lock()
-		number := c.asked[s.ID]
+		number, asked := c.asked[s.ID]
 		c.mu.Unlock()
-		c.parent.send(report{Answer: &answer{Number: number, Text: textOf(*s, "")}})
+		if asked { // by this child's clients
+			c.parent.send(report{Answer: &answer{Number: number, Text: textOf(*s, "")}})
+		}
 	}
 	return err
 }

@@ -13,7 +13,6 @@ import (
 	"regexp"
 	"strconv"
 	"sync"
-	"testing"
 	"time"
 )
 
@@ -92,6 +91,10 @@ func (p *process) judge(r *report) {
 		p.mu.Lock()
 		q := p.pending[r.Answer.Number]
 		p.mu.Unlock()
+		if q == nil {
+			p.w.blame(fmt.Errorf("an answer to nobody: %+v", *r.Answer))
+			return
+		}
 		if r.Answer.Text != "" {
 			p.w.acknowledge(q.book, r.Answer.Text, q.knew)
 		}
@@ -191,14 +194,14 @@ func (p *process) live(m moment) {
 		upTo(5 * time.Millisecond)
 	case working:
 		p.await(p.ready)
-		upTo(150 * time.Millisecond)
-		p.weigh()
+		upTo(200 * time.Millisecond)
 	case closing:
 		p.await(p.ready)
-		upTo(60 * time.Millisecond)
+		upTo(100 * time.Millisecond)
 		p.out.send(command{Close: true})
 		upTo(5 * time.Millisecond)
 	}
+	p.weigh()
 	p.kill()
 	p.w.sight(p.died(m))
 }
@@ -307,9 +310,4 @@ func (s *street) crowd(w *world, clients int, enough <-chan struct{}) (done <-ch
 		close(ended)
 	}()
 	return ended
-}
-
-// logFound says how a seeded bug was found.
-func logFound(t *testing.T, cycles int, err error) {
-	t.Logf("found in cycle %d: %.400v", cycles, err)
 }

@@ -29,6 +29,9 @@ func newWorld() *world {
 	return &world{books: map[string]*book{}, broken: make(chan struct{}), seen: map[string]int{}}
 }
 
+// wallClock is the time by which the child's keys are reaped, too: it may be set while the test runs.
+func wallClock() time.Time { return time.Now().Round(0) }
+
 // A book is what is known of a key: its lives, one after another. A new one begins when the key is used after it was reaped.
 type book struct {
 	transfer transfer
@@ -105,7 +108,7 @@ func (w *world) newBook() *book {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	from := rand.IntN(accounts)
-	b := &book{since: time.Now(), transfer: transfer{
+	b := &book{since: wallClock(), transfer: transfer{
 		ID:   fmt.Sprintf("transfer %d", len(w.ids)),
 		From: account(from), To: account((from + 1 + rand.IntN(accounts-1)) % accounts),
 		Cents: 1 + rand.Int64N(100),
@@ -149,7 +152,7 @@ func (w *world) acknowledge(b *book, text string, knew int) {
 		return
 	}
 	i := b.find(func(l *life) bool { return l.token == s.Transfer.Token && (l.token != "" || l.answer == text) })
-	if i < 0 && s.Transfer.Token == "" && b.mayBegin(time.Now()) {
+	if i < 0 && s.Transfer.Token == "" && b.mayBegin(wallClock()) {
 		b.begin(&life{answer: text})
 		i = len(b.lives) - 1
 		w.seen["a refusal"]++
@@ -186,7 +189,7 @@ func (b *book) String() string {
 func (w *world) carryOut(c call) (r reply, after time.Duration) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	b, now := w.books[c.Book], time.Now()
+	b, now := w.books[c.Book], wallClock()
 	if b == nil {
 		b = &book{since: now}
 		w.books[c.Book] = b
