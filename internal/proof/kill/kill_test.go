@@ -60,7 +60,6 @@ func TestKillNineLosesNothingThatWasAcknowledged(t *testing.T) {
 		}
 		if time.Since(spoke) > 10*time.Second {
 			spoke = time.Now()
-			t.Logf("%d cycles, %.1f a second, %d transfers", done, float64(done)/time.Since(began).Seconds(), seen["a transfer"])
 			fmt.Printf("%d cycles, %.1f a second, %d transfers\n", done, float64(done)/time.Since(began).Seconds(), seen["a transfer"])
 		}
 	}
