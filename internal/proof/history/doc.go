@@ -12,5 +12,5 @@
 //
 // More:
 //
-//	go test -run History -operations=1000000 -timeout=0 ./internal/proof/history
+//	go test ./internal/proof/history -run HistoryHas -operations=1000000 -timeout=0 -v
 package history

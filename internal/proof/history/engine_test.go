@@ -63,6 +63,12 @@ var (
 	errDead = fmt.Errorf("the process is dead: %w", keystate.ErrOutcomeUnknown)
 )
 
+// An owedError is an obstacle to a commit whose effect is done.
+type owedError struct{ use use }
+
+func (e *owedError) Error() string { return fmt.Sprintf("the commit of %+v is owed", e.use) }
+func (e *owedError) Unwrap() error { return errObstacle }
+
 func (w *world) phases() []phase {
 	insistent := keystate.RetryPolicy{Attempts: 4, InRun: 2, Initial: time.Second, Max: time.Second}
 	return []phase{
@@ -75,7 +81,7 @@ func (w *world) phases() []phase {
 		}},
 		{To: paid, Retry: insistent, Effect: w.pay, Commit: func(_ context.Context, tx *bbolt.Tx, s *order) error {
 			_, err := count(tx, rowOf(paid, s.Key, s.Use))
-			return errors.Join(err, oneIn(24, errObstacle), oneIn(32, keystate.Final(errRefused)))
+			return errors.Join(err, oneIn(8, &owedError{use{s.Key, s.Use}}), oneIn(32, keystate.Final(errRefused)))
 		}},
 		{To: keystate.Finished, Retry: insistent, Commit: func(_ context.Context, tx *bbolt.Tx, s *order) (err error) {
 			if s.Receipt, err = count(tx, string(rowSerial)); err != nil {
@@ -151,7 +157,11 @@ func (w *world) tryBoot() (*generation, error) {
 	if w.bug != nil {
 		store = &faulty{mortal: g.store, bug: w.bug}
 	}
-	o := &keystate.Options{Retention: retention, Logger: slog.New(slog.NewTextHandler(io.Discard, nil))}
+	o := &keystate.Options{
+		Retention: retention,
+		Logger:    slog.New(slog.NewTextHandler(io.Discard, nil)),
+		Observer:  &keystate.Observer{Retried: w.keep, Parked: w.keep},
+	}
 	if g.engine, err = keystate.New(store, o); err != nil {
 		return nil, errors.Join(err, db.Close())
 	}

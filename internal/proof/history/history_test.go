@@ -23,7 +23,7 @@ const (
 
 // sights are what must have happened, or the test has proved less than it says.
 var sights = []string{
-	"died before a commit", "died within a commit", "died after a commit", "an effect sent again", "a key reaped",
+	"died before a commit", "died within a commit", "died after a commit", "an effect sent again", "a commit owed", "a key reaped",
 	"do: answered", "do: mismatch", "do: stopped", "do: parked", "do: nobody knows", "retry: done", "abandon: done",
 }
 

@@ -220,7 +220,7 @@ func excerpt(ops []porcupine.Operation, orders [][]porcupine.Operation) string {
 			longest = order
 		}
 	}
-	placed := map[int64]bool{} // by the moment of the call, which no other has
+	placed := map[int64]bool{} // by the moment of the call, which no other of the key has
 	for _, op := range longest {
 		placed[op.Call] = true
 	}

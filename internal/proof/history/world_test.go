@@ -45,6 +45,7 @@ type life struct {
 	token    string
 	payout   int64
 	called   time.Time // when its effect was called last
+	kept     bool      // the effect's result is durable, and its commit is owed
 	answered bool
 	reaped   *ending
 }
@@ -120,6 +121,8 @@ func (w *world) call(token string, s *order) {
 	switch {
 	case l.token != "" && l.token != token:
 		w.wrong("the effect of use %d of key %d has the tokens %s and %s", s.Use, s.Key, l.token, token)
+	case l.kept:
+		w.wrong("the effect of use %d of key %d was called again, when only its commit was owed", s.Use, s.Key)
 	case l.answered:
 		w.wrong("the effect of use %d of key %d was called after the answer", s.Use, s.Key)
 	case l.reaped != nil:
@@ -131,6 +134,18 @@ func (w *world) call(token string, s *order) {
 		w.seen["an effect sent again"]++
 	}
 	l.called, s.Payout = time.Now(), l.payout
+}
+
+// keep is told of an attempt that has failed, when that is durable.
+func (w *world) keep(e keystate.Event) {
+	var owed *owedError
+	if !errors.As(e.Err, &owed) {
+		return
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.life(owed.use.key, owed.use.n).kept = true
+	w.seen["a commit owed"]++
 }
 
 // forget records what was reaped between two moments.
@@ -160,8 +175,6 @@ func (w *world) forget(deleted []keystate.Record, began int64) {
 			Input: deed{verb: reap, key: e.state.Key}, Output: outcome{answered, e.answer(reasonOf(r))},
 			Call: began, Return: until,
 		})
-		began = w.moment() // so that no two have the same
-		until = began
 	}
 }
 

@@ -52,17 +52,17 @@ type child struct {
 	receipts  *keystate.Machine[transfer]
 	cached    map[string]int64 // of the bug that counts in memory
 
-	mu      sync.Mutex
-	calls   map[int]chan reply
-	asked   map[string]int // the last request's number, by its key
-	stumble map[string]bool
+	mu       sync.Mutex
+	calls    map[int]chan reply
+	asked    map[string]int  // the last request's number, by its key
+	stumbled map[string]bool // rows
 }
 
 // runChild is the child's main function.
 func runChild(path string, b bug) {
 	c := &child{
 		bug: b, parent: newLine(os.Stdout),
-		calls: map[int]chan reply{}, asked: map[string]int{}, stumble: map[string]bool{},
+		calls: map[int]chan reply{}, asked: map[string]int{}, stumbled: map[string]bool{},
 	}
 	c.parent.send(report{Hello: true})
 	began := time.Now()
@@ -89,6 +89,7 @@ func (c *child) open(path string) (err error) {
 	}
 	o := &keystate.Options{
 		Retention: retention,
+		Observer:  &keystate.Observer{Retried: c.report},
 		Logger:    slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelError})),
 	}
 	if c.bug == twoTransactions {
@@ -97,6 +98,14 @@ func (c *child) open(path string) (err error) {
 		c.engine, err = keystate.Open(path, o)
 	}
 	return err
+}
+
+// report tells the parent of effects whose results are durable before their commits are.
+func (c *child) report(e keystate.Event) {
+	var owed *owedError
+	if errors.As(e.Err, &owed) {
+		c.parent.send(report{Owed: owed})
+	}
 }
 
 // prepare registers the machines, and opens the accounts where there are none.
@@ -225,7 +234,7 @@ func (c *child) transferPhases() []phase {
 	}
 	return []phase{
 		{To: "funds_reserved", Retry: patient, Commit: c.reserve},
-		{To: "payout_sent", Retry: patient, Effect: c.sendPayout, Commit: arrive},
+		{To: "payout_sent", Retry: patient, Effect: c.sendPayout, Commit: c.arrive},
 		{To: "receipt_staged", Retry: staging, Commit: c.stageReceipt},
 		{To: keystate.Finished, Retry: patient, Commit: func(_ context.Context, tx *bbolt.Tx, s *transfer) error {
 			return addRow(tx, "settled/"+s.Token)
@@ -262,8 +271,12 @@ func (c *child) reserve(_ context.Context, tx *bbolt.Tx, s *transfer) error {
 }
 
 // arrive puts the money where it belongs.
-func arrive(_ context.Context, tx *bbolt.Tx, s *transfer) error {
-	return errors.Join(addBalance(tx, inTransit, -s.Cents), addBalance(tx, s.To, s.Cents), addRow(tx, "sent/"+s.Token))
+func (c *child) arrive(_ context.Context, tx *bbolt.Tx, s *transfer) error {
+	err := errors.Join(addBalance(tx, inTransit, -s.Cents), addBalance(tx, s.To, s.Cents), addRow(tx, "sent/"+s.Token))
+	if err == nil && c.stumbles("sent/"+s.Token) {
+		return &owedError{s.ID, s.Token}
+	}
+	return err
 }
 
 func (c *child) sendPayout(ctx context.Context, token string, s *transfer) (err error) {
@@ -282,21 +295,25 @@ func (c *child) sendPayout(ctx context.Context, token string, s *transfer) (err 
 	return err
 }
 
-// stageReceipt stumbles once in a process over every eighth transfer.
 func (c *child) stageReceipt(_ context.Context, tx *bbolt.Tx, s *transfer) error {
 	if err := addRow(tx, "staged/"+s.Token); err != nil {
 		return err
 	}
-	h := fnv.New32a()
-	h.Write([]byte(s.Token))
-	c.mu.Lock()
-	first := !c.stumble[s.Token]
-	c.stumble[s.Token] = true
-	c.mu.Unlock()
-	if first && h.Sum32()%8 == 0 {
+	if c.stumbles("staged/" + s.Token) {
 		return errStumbled
 	}
 	return keystate.Stage(tx, c.receipts, keystate.Key{Scope: "receipt", ID: s.Token}, transfer{Token: s.Token})
+}
+
+// stumbles is true once in a process for every eighth row.
+func (c *child) stumbles(row string) bool {
+	h := fnv.New32a()
+	h.Write([]byte(row))
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	first := !c.stumbled[row]
+	c.stumbled[row] = true
+	return first && h.Sum32()%8 == 0
 }
 
 // call is an effect: the outside world's answer to a token, or that none came.

@@ -13,5 +13,5 @@
 //
 // A soak:
 //
-//	go test -run KillNine -cycles=100000 -timeout=0 ./internal/proof/kill
+//	go test ./internal/proof/kill -run KillNine -cycles=100000 -timeout=0 -v
 package kill

@@ -39,7 +39,7 @@ func TestMain(m *testing.M) {
 // sights are what must have happened, or the test has proved less than it says.
 var sights = []string{
 	"killed while opening the file", "killed at work", "killed while closing",
-	"a file looked into", "an effect sent again", "a replay", "a refusal", "a key reaped", "a key used again after it was reaped",
+	"a file looked into", "an effect sent again", "a commit owed", "a replay", "a refusal", "a key reaped", "a key used again after it was reaped",
 }
 
 func TestKillNineLosesNothingThatWasAcknowledged(t *testing.T) {

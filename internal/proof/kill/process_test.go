@@ -105,6 +105,8 @@ func (p *process) judge(r *report) {
 	case r.Call != nil:
 		reply, after := p.w.carryOut(*r.Call)
 		time.AfterFunc(after, func() { p.out.send(command{Reply: &reply}) })
+	case r.Owed != nil:
+		p.w.keep(*r.Owed)
 	case r.Counts != nil:
 		p.counts <- *r.Counts
 	case r.Closed:
@@ -194,10 +196,10 @@ func (p *process) live(m moment) {
 		upTo(5 * time.Millisecond)
 	case working:
 		p.await(p.ready)
-		upTo(200 * time.Millisecond)
+		upTo(140 * time.Millisecond)
 	case closing:
 		p.await(p.ready)
-		upTo(100 * time.Millisecond)
+		upTo(60 * time.Millisecond)
 		p.out.send(command{Close: true})
 		upTo(5 * time.Millisecond)
 	}

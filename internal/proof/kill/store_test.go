@@ -94,9 +94,9 @@ func (w *world) judgeLives(name string, b *book, l *ledger) {
 	for _, life := range b.lives {
 		switch {
 		case receipt:
-			life.recorded = l.rows[name] > 0
+			life.recorded = life.recorded || l.rows[name] > 0
 		case life.token != "":
-			life.recorded = l.rows["sent/"+life.token] > 0
+			life.recorded = life.recorded || l.rows["sent/"+life.token] > 0
 			if life.answer != "" && l.rows["settled/"+life.token] == 0 {
 				w.wrong("%s: answered %s, and there is no row of it", name, life.answer)
 			}

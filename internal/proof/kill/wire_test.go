@@ -46,6 +46,7 @@ type report struct {
 	Ready  *opened
 	Answer *answer
 	Call   *call
+	Owed   *owedError
 	Counts *counts
 	Closed bool
 	Broken string // what should never happen in a child
@@ -67,6 +68,12 @@ type call struct {
 	Book   string // whose effect it is
 	Token  string
 }
+
+// An owedError is an obstacle to a commit whose effect is done. The parent hears of it when the effect's result is durable.
+type owedError struct{ Book, Token string }
+
+func (e *owedError) Error() string { return "the commit of " + e.Book + " is owed" }
+func (e *owedError) Unwrap() error { return errStumbled }
 
 // counts are the stored keys when everything has ended.
 type counts struct{ Unfinished, Finished uint64 }

@@ -45,7 +45,7 @@ type life struct {
 	payout   string // what the outside world did; empty: nothing yet
 	calls    int
 	answer   string // what a client was told
-	recorded bool   // the effect's result was seen in the store
+	recorded bool   // the effect's result is in the store
 }
 
 // mayBegin says whether the key can have been reaped since its latest life.
@@ -218,6 +218,19 @@ func (w *world) carryOut(c call) (r reply, after time.Duration) {
 	}
 	b.since = now
 	return w.perform(c.Number, l)
+}
+
+// keep notes that an effect's result is durable, although its commit is not.
+func (w *world) keep(owed owedError) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.seen["a commit owed"]++
+	b := w.books[owed.Book]
+	if i := b.find(func(l *life) bool { return l.token == owed.Token }); i >= 0 && b.lives[i].payout != "" {
+		b.lives[i].recorded = true
+		return
+	}
+	w.wrong("%s: the commit of %s is owed; known: %s", owed.Book, owed.Token, b)
 }
 
 // perform does what an effect asks for, once.
