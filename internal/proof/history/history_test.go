@@ -5,6 +5,7 @@ import (
 	"flag"
 	"fmt"
 	"maps"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -61,7 +62,9 @@ func (f found) any() error { return errors.Join(f.counted, f.ordered, f.played) 
 
 // record plays one history and judges it.
 func record(t *testing.T, b *bug, calls int, seen map[string]int) (f found) {
-	w := newWorld(filepath.Join(t.TempDir(), "history.db"), b, calls)
+	path := filepath.Join(t.TempDir(), "history.db")
+	defer os.Remove(path) // a soak has many
+	w := newWorld(path, b, calls)
 	synctest.Test(t, func(t *testing.T) { f.played = w.play(clients, keys) })
 	if f.played == nil {
 		f.counted, f.ordered = w.verdict()

@@ -48,7 +48,8 @@ func TestKillNineLosesNothingThatWasAcknowledged(t *testing.T) {
 	for done := 0; done < *cycles; {
 		w := newWorld()
 		n := min(perFile, *cycles-done)
-		lived, err := w.play(filepath.Join(t.TempDir(), fmt.Sprintf("%d.db", done)), n, "")
+		path := filepath.Join(t.TempDir(), "store.db")
+		lived, err := w.play(path, n, "")
 		done += lived
 		for what, times := range w.seen {
 			seen[what] += times
@@ -56,8 +57,10 @@ func TestKillNineLosesNothingThatWasAcknowledged(t *testing.T) {
 		seen["a transfer"] += len(w.ids)
 		heaviest = max(heaviest, w.heaviest)
 		if err != nil {
+			keep(t, path)
 			t.Fatalf("cycle %d: %v", done, err)
 		}
+		os.Remove(path) // a soak has many
 		if time.Since(spoke) > 10*time.Second {
 			spoke = time.Now()
 			fmt.Printf("%d cycles, %.1f a second, %d transfers\n", done, float64(done)/time.Since(began).Seconds(), seen["a transfer"])
@@ -68,6 +71,22 @@ func TestKillNineLosesNothingThatWasAcknowledged(t *testing.T) {
 		if seen[what] == 0 && *cycles >= 100 {
 			t.Errorf("never seen: %s", what)
 		}
+	}
+}
+
+// keep puts a file aside that a promise was broken on.
+func keep(t *testing.T, path string) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return
+	}
+	f, err := os.CreateTemp("", "keystate-kill-*.db")
+	if err != nil {
+		return
+	}
+	defer f.Close()
+	if _, err := f.Write(b); err == nil {
+		t.Logf("the file as it was in the end: %s", f.Name())
 	}
 }
 
