@@ -10,6 +10,9 @@
 // its commits write is there once, its effect had one token and was not called any more once the life was answered, and none
 // was reaped before its time.
 //
+// A death here lets a commit that is under way end: what an answer is worth that comes before bbolt has
+// written is for package kill to find.
+//
 // More:
 //
 //	go test ./internal/proof/history -run HistoryHas -operations=1000000 -timeout=0 -v
