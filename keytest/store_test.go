@@ -1,0 +1,7 @@
+package keytest
+
+import "testing"
+
+func TestTheBoltStoreConforms(t *testing.T) {
+	Store(t, OpenBolt, BoltRows())
+}
