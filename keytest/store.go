@@ -646,12 +646,12 @@ func (s *storeTrial[Tx]) twoOpenings() error {
 	if second.id != s.id || second.epoch <= s.epoch {
 		return fmt.Errorf("opened twice, it has the identities %x and %x, the epochs %d and %d", s.id, second.id, s.epoch, second.epoch)
 	}
-	if err := second.holds(r); err != nil {
-		return fmt.Errorf("the second opening: %w", err)
+	if err := cmp.Or(s.holds(r), second.holds(r)); err != nil {
+		return fmt.Errorf("what the first opening wrote: %w", err)
 	}
 	taken, err := second.put(moved(r, keystate.Waiting))
-	if err != nil {
-		return err
+	if err := cmp.Or(err, s.holds(taken), second.holds(taken)); err != nil {
+		return fmt.Errorf("what the second opening wrote: %w", err)
 	}
 	if _, err := s.put(moved(r, keystate.Parked)); !errors.Is(err, keystate.ErrFenced) {
 		return fmt.Errorf("what the second opening took over, the first wrote: %v, want ErrFenced", err)
