@@ -27,9 +27,9 @@ import (
 )
 
 // Store checks that a store keeps what [keystate.Store] promises, with a subtest for each promise. open opens the
-// store that lives in dir, and makes it when there is none; it does not boot it. It is called again for a dir whose store is closed,
-// and once for one whose store is open: a store that several engines share is then checked as such, any other refuses, by its Boot or by t.
-// The number of random histories is that of -rapid.checks.
+// store that lives in dir, and makes it when there is none; it does not boot it. It is called again for a dir whose
+// store is closed, and once for one whose store is open: a store that several engines may share is then checked as
+// such, any other refuses, by an error of Boot or by t.Fatal. How many random histories there are, -rapid.checks says.
 func Store[Tx any](t *testing.T, open func(t testing.TB, dir string) keystate.Store[Tx], rows Rows[Tx]) {
 	for _, c := range storeChecks[Tx]() {
 		t.Run(c.says, func(t *testing.T) {
@@ -46,8 +46,8 @@ type Rows[Tx any] struct {
 	Get func(tx Tx, name string) (value string, found bool, err error)
 }
 
-// OpenBolt opens the bbolt file in dir and the store in it. Closing the store closes the file. It does not sync: what it holds
-// outlives the store but not a power cut.
+// OpenBolt opens the bbolt file in dir and the store in it. Closing the store closes the file. It does not sync: what
+// it holds outlives the process, and not a power cut.
 func OpenBolt(t testing.TB, dir string) keystate.Store[*bbolt.Tx] {
 	t.Helper()
 	options := &bbolt.Options{Timeout: 100 * time.Millisecond, NoSync: true, NoGrowSync: true}
@@ -177,7 +177,7 @@ func (s *storeTrial[Tx]) afresh(check func(*storeTrial[Tx]) error) (err error) {
 func (s *storeTrial[Tx]) boot() (err error) {
 	s.store = s.open(s.tb, s.dir)
 	if s.id, s.epoch, err = s.store.Boot(context.Background()); err != nil {
-		return fmt.Errorf("Boot: %w", err)
+		return fmt.Errorf("at Boot: %w", err)
 	}
 	return nil
 }
@@ -189,7 +189,7 @@ func (s *storeTrial[Tx]) close() error {
 	closing := s.store
 	s.store = nil
 	if err := closing.Close(); err != nil {
-		return fmt.Errorf("Close: %w", err)
+		return fmt.Errorf("at Close: %w", err)
 	}
 	return nil
 }
@@ -249,7 +249,7 @@ func (s *storeTrial[Tx]) put(r keystate.Record) (stored keystate.Record, err err
 		return tx.Put(&stored)
 	})
 	if err != nil {
-		return r, fmt.Errorf("Put of %q, version %d: %w", r.Key, r.Version, err)
+		return r, fmt.Errorf("putting %q, version %d: %w", r.Key, r.Version, err)
 	}
 	return stored, nil
 }
@@ -263,7 +263,7 @@ func (s *storeTrial[Tx]) putAll(records []keystate.Record) ([]keystate.Record, e
 			stored = slices.Clone(batch)
 			for i := range stored {
 				if err := tx.Put(&stored[i]); err != nil {
-					return fmt.Errorf("Put of %q: %w", stored[i].Key, err)
+					return fmt.Errorf("putting %q: %w", stored[i].Key, err)
 				}
 			}
 			return nil
@@ -300,14 +300,14 @@ func (s *storeTrial[Tx]) row(name string) (value string, err error) {
 func (s *storeTrial[Tx]) holds(want keystate.Record) error {
 	got, err := s.get(want.Key)
 	if err != nil {
-		return fmt.Errorf("Get of %q: %w", want.Key, err)
+		return fmt.Errorf("getting %q: %w", want.Key, err)
 	}
 	return sameRecord(got, want)
 }
 
 func (s *storeTrial[Tx]) holdsNot(key keystate.Key) error {
 	if r, err := s.get(key); !errors.Is(err, keystate.ErrNotFound) {
-		return fmt.Errorf("Get of %q, which is not there, returned version %d and the error %v, want ErrNotFound", key, r.Version, err)
+		return fmt.Errorf("getting %q, which is not there: version %d and the error %v, want ErrNotFound", key, r.Version, err)
 	}
 	return nil
 }
@@ -342,14 +342,14 @@ func contentsIn(keys keystate.Keys) (c contents, err error) {
 		return c, err
 	}
 	if c.counts, err = keys.Counts(); err != nil {
-		return c, fmt.Errorf("Counts: %w", err)
+		return c, fmt.Errorf("counting: %w", err)
 	}
 	var recount keystate.Counts
 	for _, r := range slices.Concat(c.unfinished, c.finished) {
 		*countOf(&recount, r.Status)++
 	}
 	if recount != c.counts {
-		return c, fmt.Errorf("Counts says %+v, there are %+v", c.counts, recount)
+		return c, fmt.Errorf("the Counts are %+v, there are %+v", c.counts, recount)
 	}
 	return c, nil
 }
@@ -380,7 +380,7 @@ func listUnfinished(keys keystate.Keys, limit int) ([]keystate.Record, error) {
 		page, err := keys.Unfinished(last.Key, limit)
 		for _, r := range page {
 			if r.Status == keystate.Answered {
-				return nil, fmt.Errorf("Unfinished lists %q, which is finished", r.Key)
+				return nil, fmt.Errorf("listed as unfinished is %q, which is finished", r.Key)
 			}
 		}
 		return page, err
@@ -392,7 +392,7 @@ func listFinished(keys keystate.Keys, limit int) ([]keystate.Record, error) {
 		page, err := keys.Finished(last.Sequence, limit)
 		for _, r := range page {
 			if r.Status != keystate.Answered || r.Sequence <= last.Sequence {
-				return nil, fmt.Errorf("Finished lists %q, %q with sequence %d after %d", r.Key, r.Status, r.Sequence, last.Sequence)
+				return nil, fmt.Errorf("listed as finished is %q, %q with sequence %d after %d", r.Key, r.Status, r.Sequence, last.Sequence)
 			}
 			last = r
 		}
@@ -688,7 +688,7 @@ func (s *storeTrial[Tx]) absentIsNotFound() error {
 				return err
 			})
 			if !errors.Is(err, keystate.ErrNotFound) {
-				return fmt.Errorf("in an Update, Get of %q: %v, want ErrNotFound", key, err)
+				return fmt.Errorf("in an Update, getting %q: %v, want ErrNotFound", key, err)
 			}
 		}
 		return nil
@@ -1039,13 +1039,13 @@ func (s *storeTrial[Tx]) fenced(wrong keystate.Record) error {
 			return err
 		}
 		if !errors.Is(refused, keystate.ErrFenced) {
-			return fmt.Errorf("Put of %q, to be %q, returned %v, want ErrFenced", wrong.Key, status, refused)
+			return fmt.Errorf("putting %q, to be %q, returned %v, want ErrFenced", wrong.Key, status, refused)
 		}
 		if err := sameRecord(after, want); err != nil {
-			return fmt.Errorf("Put refused, and changed what it was given: %w", err)
+			return fmt.Errorf("a Put that is refused has changed what it was given: %w", err)
 		}
 		if _, err := s.put(after); !errors.Is(err, keystate.ErrFenced) {
-			return fmt.Errorf("Update with a Put of %q returned %v, want ErrFenced", wrong.Key, err)
+			return fmt.Errorf("an Update that puts %q returned %v, want ErrFenced", wrong.Key, err)
 		}
 	}
 	return s.unchanged(before)
@@ -1078,7 +1078,7 @@ func (s *storeTrial[Tx]) deleteFences() error {
 		}
 	}
 	if err := s.delete(r); err != nil {
-		return fmt.Errorf("Delete of a finished record: %w", err)
+		return fmt.Errorf("deleting a finished record: %w", err)
 	}
 	if err := s.holdsNot(r.Key); err != nil {
 		return err
@@ -1111,7 +1111,7 @@ func (s *storeTrial[Tx]) notDeleted(r keystate.Record, want error) error {
 		return err
 	}
 	if refused == nil || want != nil && !errors.Is(refused, want) {
-		return fmt.Errorf("Delete of %q returned %v, want %v", r.Key, refused, cmp.Or(want, errors.New("an error")))
+		return fmt.Errorf("deleting %q returned %v, want %v", r.Key, refused, cmp.Or(want, errors.New("an error")))
 	}
 	return s.unchanged(before)
 }
@@ -1432,7 +1432,7 @@ func (s *storeTrial[Tx]) thousands() error {
 			return err
 		}
 		if c, err := tx.Counts(); err != nil || c != (keystate.Counts{Running: running, Finished: done}) {
-			return fmt.Errorf("Counts says %+v, %v", c, err)
+			return fmt.Errorf("the Counts are %+v, %v", c, err)
 		}
 		return nil
 	})
@@ -1448,7 +1448,7 @@ func (s *storeTrial[Tx]) ownWrites() error {
 			for _, r := range want {
 				got, err := tx.Get(r.Key)
 				if err := cmp.Or(err, sameRecord(got, r)); err != nil {
-					return fmt.Errorf("Get: %w", err)
+					return fmt.Errorf("getting it: %w", err)
 				}
 			}
 			c, err := contentsIn(tx)
@@ -1473,7 +1473,7 @@ func (s *storeTrial[Tx]) ownWrites() error {
 			return fmt.Errorf("after Delete: %w", err)
 		}
 		if _, err := tx.Get(added.Key); !errors.Is(err, keystate.ErrNotFound) {
-			return fmt.Errorf("Get after Delete: %v, want ErrNotFound", err)
+			return fmt.Errorf("getting it after Delete: %v, want ErrNotFound", err)
 		}
 		again := claimed(added.Key, "second")
 		if err := cmp.Or(tx.Put(&again), sees(changed, ended, again), tx.setRow("row", "own")); err != nil {
@@ -1504,7 +1504,7 @@ func (s *storeTrial[Tx]) errorRollsBack() error {
 func (s *storeTrial[Tx]) panicRollsBack() error {
 	err := s.rollsBack(func() error { panic("out of stock") })
 	if err == nil || errors.Is(err, errPanicked) || errors.Is(err, errTrace) {
-		return fmt.Errorf("Update with a function that panics: %w", cmp.Or(err, errNone))
+		return fmt.Errorf("an Update with a function that panics: %w", cmp.Or(err, errNone))
 	}
 	return nil
 }
@@ -1513,7 +1513,7 @@ func (s *storeTrial[Tx]) panicRollsBack() error {
 func (s *storeTrial[Tx]) goexitRollsBack() error {
 	err := s.rollsBack(func() error { runtime.Goexit(); return nil })
 	if err == nil || errors.Is(err, errPanicked) || errors.Is(err, errTrace) {
-		return fmt.Errorf("Update with a function that calls runtime.Goexit: %w", cmp.Or(err, errNone))
+		return fmt.Errorf("an Update with a function that calls runtime.Goexit: %w", cmp.Or(err, errNone))
 	}
 	return nil
 }
@@ -1860,7 +1860,7 @@ func (s *storeTrial[Tx]) wholly(key keystate.Key, err error) error {
 	case record != (row == "written"):
 		return fmt.Errorf("half of an Update is there: of %q the record is there: %v, the row is %q", key, record, row)
 	case err == nil && !record:
-		return fmt.Errorf("Update of %q returned nil, and nothing is there", key)
+		return fmt.Errorf("an Update of %q returned nil, and nothing is there", key)
 	}
 	return nil
 }
@@ -1882,7 +1882,7 @@ func (s *storeTrial[Tx]) viewSeesCommitted() error {
 	}
 	runs := 0
 	if err := s.view(func(recordTx[Tx]) error { runs++; return nil }); err != nil || runs != 1 {
-		return fmt.Errorf("View ran its function %d times: %v", runs, err)
+		return fmt.Errorf("the View ran its function %d times: %v", runs, err)
 	}
 	return nil
 }
@@ -1904,7 +1904,7 @@ func (s *storeTrial[Tx]) triple(midway func()) (seen triple, err error) {
 		return err
 	})
 	if err == nil && (seen.left != seen.right || seen.left != seen.state) {
-		err = fmt.Errorf("View sees the rows %q and %q and a record with %q", seen.left, seen.right, seen.state)
+		err = fmt.Errorf("a View sees the rows %q and %q and a record with %q", seen.left, seen.right, seen.state)
 	}
 	return seen, err
 }
@@ -1998,15 +1998,16 @@ func (s *storeTrial[Tx]) viewsDuringUpdate(n int) error {
 func (s *storeTrial[Tx]) updateDuringView() error {
 	for n := range 4 {
 		var updated error
-		done := make(chan struct{})
+		var updating sync.WaitGroup
 		_, err := s.triple(func() {
-			go func() {
+			done := make(chan struct{})
+			updating.Go(func() {
 				defer close(done)
 				updated = s.setTriple(fmt.Sprintf("during %d", n), nothing)
-			}()
+			})
 			linger(done)
 		})
-		<-done
+		updating.Wait()
 		if err := cmp.Or(err, updated); err != nil {
 			return err
 		}
@@ -2070,7 +2071,7 @@ func (s *storeTrial[Tx]) viewFails() error {
 			})
 		})
 		if err == nil {
-			return fmt.Errorf("View with a function that fails: %w", errNone)
+			return fmt.Errorf("a View with a function that fails: %w", errNone)
 		}
 		if stored, err = s.put(moved(stored, unfinishedStatuses[i%3])); err != nil {
 			return fmt.Errorf("after a View that failed: %w", err)
@@ -2124,7 +2125,7 @@ func (s *storeTrial[Tx]) acknowledgedOutlivesClose() error {
 	err := s.store.Close()
 	all.Wait()
 	if s.store = nil; err != nil {
-		return fmt.Errorf("Close: %w", err)
+		return fmt.Errorf("at Close: %w", err)
 	}
 	if err := s.boot(); err != nil {
 		return err
@@ -2133,7 +2134,7 @@ func (s *storeTrial[Tx]) acknowledgedOutlivesClose() error {
 	for key, err := range acknowledged.Range {
 		failed, _ := err.(error)
 		if err := s.wholly(key.(keystate.Key), failed); err != nil {
-			return fmt.Errorf("Close during Updates: %w", err)
+			return fmt.Errorf("closed during Updates: %w", err)
 		}
 		if failed == nil {
 			good++
@@ -2168,14 +2169,14 @@ func (s *storeTrial[Tx]) closedFails() error {
 			}
 		}
 		if err := ending(closed.Close); errors.Is(err, errPanicked) || errors.Is(err, errExited) {
-			return fmt.Errorf("Close after Close: %w", err)
+			return fmt.Errorf("at Close after Close: %w", err)
 		}
 	}
 	if err := s.boot(); err != nil {
 		return err
 	}
 	if err := ending(closed.Close); errors.Is(err, errPanicked) || errors.Is(err, errExited) {
-		return fmt.Errorf("Close after Close: %w", err)
+		return fmt.Errorf("at Close after Close: %w", err)
 	}
 	return s.holds(r)
 }
@@ -2265,12 +2266,12 @@ func act[Tx any](tx recordTx[Tx], m *storeModel, op storeOp) error {
 	err := tx.Put(&next)
 	if want != nil {
 		if !errors.Is(err, want) {
-			return mismatch(fmt.Errorf("Put returned %w, want %w", cmp.Or(err, errNone), want))
+			return mismatch(fmt.Errorf("putting it returned %w, want %w", cmp.Or(err, errNone), want))
 		}
 		return nil
 	}
 	if err != nil || next.Version != given+1 {
-		return mismatch(fmt.Errorf("Put returned %w and version %d", cmp.Or(err, errNone), next.Version))
+		return mismatch(fmt.Errorf("putting it returned %w and version %d", cmp.Or(err, errNone), next.Version))
 	}
 	if next.Status == keystate.Answered {
 		if next.Sequence <= m.sequence {
@@ -2291,9 +2292,9 @@ func actDelete[Tx any](tx recordTx[Tx], m *storeModel, op storeOp) error {
 	err := tx.Delete(held)
 	switch {
 	case !exists && !errors.Is(err, keystate.ErrFenced):
-		return fmt.Errorf("Delete of %q, which is not there, returned %w", op.key, cmp.Or(err, errNone))
+		return fmt.Errorf("deleting %q, which is not there, returned %w", op.key, cmp.Or(err, errNone))
 	case exists && (held.Status == keystate.Answered) != (err == nil):
-		return fmt.Errorf("Delete of %q, which is %q, returned %w", op.key, held.Status, cmp.Or(err, errNone))
+		return fmt.Errorf("deleting %q, which is %q, returned %w", op.key, held.Status, cmp.Or(err, errNone))
 	case err == nil:
 		delete(m.records, op.key)
 	}
@@ -2313,7 +2314,7 @@ func agrees[Tx any](tx recordTx[Tx], m storeModel) error {
 	for key, want := range m.records {
 		got, err := tx.Get(key)
 		if err := cmp.Or(err, sameRecord(got, want)); err != nil {
-			return fmt.Errorf("Get of %q: %w", key, err)
+			return fmt.Errorf("getting %q: %w", key, err)
 		}
 	}
 	for name, want := range m.rows {
