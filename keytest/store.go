@@ -177,7 +177,7 @@ func (s *storeTrial[Tx]) afresh(check func(*storeTrial[Tx]) error) (err error) {
 func (s *storeTrial[Tx]) boot() (err error) {
 	s.store = s.open(s.tb, s.dir)
 	if s.id, s.epoch, err = s.store.Boot(context.Background()); err != nil {
-		return fmt.Errorf("at Boot: %w", err)
+		return errors.Join(fmt.Errorf("at Boot: %w", err), s.close())
 	}
 	return nil
 }
@@ -208,7 +208,8 @@ type recordTx[Tx any] struct {
 	rows Rows[Tx]
 }
 
-func (s *storeTrial[Tx]) in(tx Tx) recordTx[Tx] { return recordTx[Tx]{s.store.Keys(tx), tx, s.rows} }
+// errNotOpen is what calls get after a reopening that failed.
+var errNotOpen = errors.New("the store is not open")
 
 func (t recordTx[Tx]) setRow(name, value string) error { return t.rows.Put(t.tx, name, value) }
 
@@ -235,11 +236,23 @@ func (t recordTx[Tx]) add(name string) (int, error) {
 }
 
 func (s *storeTrial[Tx]) update(fn func(recordTx[Tx]) error) error {
-	return s.store.Update(context.Background(), func(tx Tx) error { return fn(s.in(tx)) })
+	return s.updateWithin(context.Background(), fn)
+}
+
+func (s *storeTrial[Tx]) updateWithin(ctx context.Context, fn func(recordTx[Tx]) error) error {
+	store := s.store
+	if store == nil {
+		return errNotOpen
+	}
+	return store.Update(ctx, func(tx Tx) error { return fn(recordTx[Tx]{store.Keys(tx), tx, s.rows}) })
 }
 
 func (s *storeTrial[Tx]) view(fn func(recordTx[Tx]) error) error {
-	return s.store.View(context.Background(), func(tx Tx) error { return fn(s.in(tx)) })
+	store := s.store
+	if store == nil {
+		return errNotOpen
+	}
+	return store.View(context.Background(), func(tx Tx) error { return fn(recordTx[Tx]{store.Keys(tx), tx, s.rows}) })
 }
 
 // put stores a record in a transaction of its own, and returns what was stored.
@@ -961,20 +974,15 @@ func (s *storeTrial[Tx]) putCountsVersions() error {
 			return err
 		}
 	}
+	thrice := r
 	err := s.update(func(tx recordTx[Tx]) error {
-		again := r
-		for range 3 {
-			if err := tx.Put(&again); err != nil {
-				return err
-			}
-		}
-		r = again
-		return nil
+		thrice = r
+		return cmp.Or(tx.Put(&thrice), tx.Put(&thrice), tx.Put(&thrice))
 	})
 	if err != nil {
 		return err
 	}
-	if r, err = s.put(moved(r, keystate.Answered)); err != nil {
+	if r, err = s.put(moved(thrice, keystate.Answered)); err != nil {
 		return err
 	}
 	if r.Version != 9 {
@@ -1461,12 +1469,18 @@ func (s *storeTrial[Tx]) ownWrites() error {
 			return err
 		}
 		added, changed := claimed(orderKey(9), "first"), moved(old[0], keystate.Parked)
-		if err := cmp.Or(tx.Put(&added), tx.Put(&changed), sees(added, changed, old[1], old[2])); err != nil {
+		if err := cmp.Or(tx.Put(&added), tx.Put(&changed)); err != nil {
+			return err
+		}
+		if err := sees(added, changed, old[1], old[2]); err != nil {
 			return fmt.Errorf("after Put: %w", err)
 		}
 		ended := moved(old[1], keystate.Answered)
 		added = moved(added, keystate.Answered)
-		if err := cmp.Or(tx.Put(&ended), tx.Put(&added), sees(added, changed, ended, old[2])); err != nil {
+		if err := cmp.Or(tx.Put(&ended), tx.Put(&added)); err != nil {
+			return err
+		}
+		if err := sees(added, changed, ended, old[2]); err != nil {
 			return fmt.Errorf("after finishing: %w", err)
 		}
 		if err := cmp.Or(tx.Delete(old[2]), tx.Delete(added), sees(changed, ended)); err != nil {
@@ -1476,7 +1490,10 @@ func (s *storeTrial[Tx]) ownWrites() error {
 			return fmt.Errorf("getting it after Delete: %v, want ErrNotFound", err)
 		}
 		again := claimed(added.Key, "second")
-		if err := cmp.Or(tx.Put(&again), sees(changed, ended, again), tx.setRow("row", "own")); err != nil {
+		if err := cmp.Or(tx.Put(&again), tx.setRow("row", "own")); err != nil {
+			return err
+		}
+		if err := sees(changed, ended, again); err != nil {
 			return fmt.Errorf("after Put of a deleted key: %w", err)
 		}
 		if value, err := tx.row("row"); err != nil || value != "own" {
@@ -1783,14 +1800,14 @@ type boundUpdate struct {
 // updateUntil writes a record and a row, and calls inside between the two.
 func (s *storeTrial[Tx]) updateUntil(ctx context.Context, n int, inside func()) *boundUpdate {
 	u := &boundUpdate{key: orderKey(n)}
-	u.err = s.store.Update(ctx, func(tx Tx) error {
+	u.err = s.updateWithin(ctx, func(tx recordTx[Tx]) error {
 		defer func() { u.late.CompareAndSwap(false, u.returned.Load()) }()
-		r, in := claimed(u.key, "first"), s.in(tx)
-		if err := in.Put(&r); err != nil {
+		r := claimed(u.key, "first")
+		if err := tx.Put(&r); err != nil {
 			return err
 		}
 		inside()
-		return in.setRow(u.key.ID, "written")
+		return tx.setRow(u.key.ID, "written")
 	})
 	u.returned.Store(true)
 	return u
@@ -1868,17 +1885,15 @@ func (s *storeTrial[Tx]) wholly(key keystate.Key, err error) error {
 func (s *storeTrial[Tx]) viewSeesCommitted() error {
 	stored := claimed(orderKey(1), "first")
 	for n := range 30 {
+		next := stored
 		err := s.update(func(tx recordTx[Tx]) error {
-			r := moved(stored, unfinishedStatuses[n%3])
-			if err := tx.Put(&r); err != nil {
-				return err
-			}
-			stored = r
-			return tx.setRow("n", strconv.Itoa(n))
+			next = moved(stored, unfinishedStatuses[n%3])
+			return cmp.Or(tx.Put(&next), tx.setRow("n", strconv.Itoa(n)))
 		})
-		if err := cmp.Or(err, s.holds(stored), s.rowIs("n", strconv.Itoa(n))); err != nil {
+		if err := cmp.Or(err, s.holds(next), s.rowIs("n", strconv.Itoa(n))); err != nil {
 			return fmt.Errorf("after Update %d: %w", n, err)
 		}
+		stored = next
 	}
 	runs := 0
 	if err := s.view(func(recordTx[Tx]) error { runs++; return nil }); err != nil || runs != 1 {
@@ -2086,18 +2101,16 @@ func (s *storeTrial[Tx]) viewFails() error {
 
 func (s *storeTrial[Tx]) acknowledgedOutlivesClose() error {
 	r := claimed(orderKey(0), "first")
-	for n := range 4 { // Close comes right after the last
+	for n := range 4 {
+		next := r
 		err := s.update(func(tx recordTx[Tx]) error {
-			again := r
-			if err := tx.Put(&again); err != nil {
-				return err
-			}
-			r = again
-			return tx.setRow("n", strconv.Itoa(n))
+			next = r
+			return cmp.Or(tx.Put(&next), tx.setRow("n", strconv.Itoa(n)))
 		})
-		if err := cmp.Or(err, s.reopen(), s.holds(r), s.rowIs("n", strconv.Itoa(n))); err != nil {
+		if err := cmp.Or(err, s.reopen(), s.holds(next), s.rowIs("n", strconv.Itoa(n))); err != nil {
 			return fmt.Errorf("after Close: %w", err)
 		}
+		r = next
 	}
 	const callers, most = 8, 40
 	var acknowledged sync.Map // key → the error of its Update
@@ -2119,7 +2132,7 @@ func (s *storeTrial[Tx]) acknowledgedOutlivesClose() error {
 			}
 		})
 	}
-	for range callers { // or fewer, if all of them fail: then the first of them is missing below
+	for range callers {
 		<-some
 	}
 	err := s.store.Close()

@@ -37,6 +37,25 @@ func TestAStoreThatSeveralEnginesShareMayPass(t *testing.T) {
 	}
 }
 
+func TestAStoreThatRunsEveryFunctionTwiceMayPass(t *testing.T) {
+	defer goleak.VerifyNone(t)
+	twice := fault{arm: func(s *faultyBolt) {
+		s.update = func(ctx context.Context, fn func(*bbolt.Tx) error) error {
+			err := s.Store.Update(ctx, func(tx *bbolt.Tx) error {
+				if err := fn(tx); err != nil {
+					return err
+				}
+				return errUndone
+			})
+			if !errors.Is(err, errUndone) {
+				return err
+			}
+			return s.Store.Update(ctx, fn)
+		}
+	}}
+	Store(t, twice.open, BoltRows())
+}
+
 // A sharedHouse lets a bbolt store be opened any number of times at once, as a database server would.
 type sharedHouse struct {
 	sync.Mutex
@@ -118,7 +137,7 @@ func (s *tenant) Close() error {
 
 func TestEveryBrokenStoreIsFound(t *testing.T) {
 	defer goleak.VerifyNone(t)
-	for name, value := range map[string]string{"rapid.nofailfile": "true", "rapid.shrinktime": "0s"} {
+	for name, value := range map[string]string{"rapid.checks": "500", "rapid.shrinktime": "0s", "rapid.nofailfile": "true"} {
 		setting := flag.Lookup(name)
 		before := setting.Value.String()
 		t.Cleanup(func() { setting.Value.Set(before) })
@@ -1236,7 +1255,7 @@ func faults() []fault {
 				}
 			})
 		}()},
-		{"every fifth commit leaves rows as they were", model, func() func(*faultyBolt) {
+		{"every third commit leaves rows as they were", model, func() func(*faultyBolt) {
 			n := 0
 			return func(s *faultyBolt) {
 				s.update = func(ctx context.Context, fn func(*bbolt.Tx) error) error {
@@ -1245,7 +1264,7 @@ func faults() []fault {
 						if err := fn(tx); err != nil {
 							return err
 						}
-						if n++; n%5 == 0 {
+						if n++; n%3 == 0 {
 							return setRows(tx, rows)
 						}
 						return nil
