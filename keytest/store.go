@@ -320,7 +320,7 @@ func (s *storeTrial[Tx]) holds(want keystate.Record) error {
 
 func (s *storeTrial[Tx]) holdsNot(key keystate.Key) error {
 	if r, err := s.get(key); !errors.Is(err, keystate.ErrNotFound) {
-		return fmt.Errorf("getting %q, which is not there: version %d and the error %v, want ErrNotFound", key, r.Version, err)
+		return fmt.Errorf("getting %q, which is not there: version %d, %v, want ErrNotFound", key, r.Version, err)
 	}
 	return nil
 }
@@ -405,7 +405,8 @@ func listFinished(keys keystate.Keys, limit int) ([]keystate.Record, error) {
 		page, err := keys.Finished(last.Sequence, limit)
 		for _, r := range page {
 			if r.Status != keystate.Answered || r.Sequence <= last.Sequence {
-				return nil, fmt.Errorf("listed as finished is %q, %q with sequence %d after %d", r.Key, r.Status, r.Sequence, last.Sequence)
+				return nil, fmt.Errorf("listed as finished is %q, %q with sequence %d after %d",
+					r.Key, r.Status, r.Sequence, last.Sequence)
 			}
 			last = r
 		}
@@ -657,7 +658,8 @@ func (s *storeTrial[Tx]) twoOpenings() error {
 	}
 	defer second.close()
 	if second.id != s.id || second.epoch <= s.epoch {
-		return fmt.Errorf("opened twice, it has the identities %x and %x, the epochs %d and %d", s.id, second.id, s.epoch, second.epoch)
+		return fmt.Errorf("opened twice, it has the identities %x and %x, the epochs %d and %d",
+			s.id, second.id, s.epoch, second.epoch)
 	}
 	if err := cmp.Or(s.holds(r), second.holds(r)); err != nil {
 		return fmt.Errorf("what the first opening wrote: %w", err)
@@ -717,7 +719,8 @@ func (s *storeTrial[Tx]) absentIsNotFound() error {
 
 func (s *storeTrial[Tx]) fieldsComeBack() error {
 	return s.random(func(t *rapid.T, s *storeTrial[Tx]) error {
-		drawn := rapid.SliceOfNDistinct(drawnRecord(), 1, 4, func(r keystate.Record) keystate.Key { return r.Key }).Draw(t, "records")
+		key := func(r keystate.Record) keystate.Key { return r.Key }
+		drawn := rapid.SliceOfNDistinct(drawnRecord(), 1, 4, key).Draw(t, "records")
 		var stored []keystate.Record
 		err := s.update(func(tx recordTx[Tx]) error {
 			stored = slices.Clone(drawn)
@@ -801,7 +804,9 @@ func (h *hearingTB) Failed() bool                      { return len(h.errs) > 0 
 // drawnKey draws any key, with those that are easily got wrong in front.
 func drawnKey() *rapid.Generator[keystate.Key] {
 	part := func(least int) *rapid.Generator[string] {
-		nasty := []string{strings.Repeat("\xff", 255), strings.Repeat("\x00", 255), "\xff", "\x00", "/", "a/b", "a\x00b", "'", "%", "é", "\xc3"}
+		nasty := []string{
+			strings.Repeat("\xff", 255), strings.Repeat("\x00", 255), "\xff", "\x00", "/", "a/b", "a\x00b", "'", "%", "é", "\xc3",
+		}
 		if least == 0 {
 			nasty = append(nasty, "", "", "")
 		}
@@ -826,7 +831,10 @@ func drawnRecord() *rapid.Generator[keystate.Record] {
 	attempts := rapid.OneOf(rapid.IntRange(0, 5), rapid.Just(1<<31-1))
 	id := rapid.Map(rapid.SliceOfN(rapid.Byte(), 16, 16), func(b []byte) [16]byte { return [16]byte(b) })
 	passage := rapid.Custom(func(t *rapid.T) keystate.Passage {
-		return keystate.Passage{Point: point.Draw(t, "point"), At: instant.Draw(t, "at"), Attempts: attempts.Draw(t, "attempts"), Ignored: text.Draw(t, "ignored")}
+		return keystate.Passage{
+			Point: point.Draw(t, "point"), At: instant.Draw(t, "at"),
+			Attempts: attempts.Draw(t, "attempts"), Ignored: text.Draw(t, "ignored"),
+		}
 	})
 	return rapid.Custom(func(t *rapid.T) keystate.Record {
 		r := keystate.Record{
@@ -1104,7 +1112,8 @@ func (s *storeTrial[Tx]) deleteFences() error {
 	return cmp.Or(s.reopen(), s.holds(second))
 }
 
-// notDeleted demands that Delete refuses, with a certain error if one is given, and changes nothing, even where the transaction commits.
+// notDeleted demands that Delete refuses, with the wanted error if there is one, and changes nothing, even where the
+// transaction commits.
 func (s *storeTrial[Tx]) notDeleted(r keystate.Record, want error) error {
 	before, err := s.contents()
 	if err != nil {
@@ -1540,7 +1549,7 @@ var (
 	errTrace = errors.New("it left a trace")
 )
 
-// rollsBack returns the error of an Update that writes all there is to write and then fails, after looking for traces of it.
+// rollsBack returns the error of an Update that writes all there is to write and then fails. A trace of it is errTrace.
 func (s *storeTrial[Tx]) rollsBack(fail func() error) error {
 	stored, err := s.putAll(append(orders(0, 2, keystate.Running), orders(2, 2, keystate.Answered)...))
 	if err != nil {
@@ -1557,7 +1566,8 @@ func (s *storeTrial[Tx]) rollsBack(fail func() error) error {
 	for range 3 {
 		failed = ending(func() error {
 			return s.update(func(tx recordTx[Tx]) error {
-				added, ended, parked := finished(orderKey(9), "first"), moved(stored[0], keystate.Answered), moved(stored[1], keystate.Parked)
+				added := finished(orderKey(9), "first")
+				ended, parked := moved(stored[0], keystate.Answered), moved(stored[1], keystate.Parked)
 				err := cmp.Or(tx.Put(&added), tx.Put(&ended), tx.Put(&parked), tx.Delete(stored[2]),
 					tx.setRow("old", "after"), tx.setRow("new", "after"))
 				if err != nil {
@@ -1947,6 +1957,7 @@ func (s *storeTrial[Tx]) setTriple(value string, midway func()) error {
 	})
 }
 
+// nothing is what happens midway when nothing does.
 func nothing() {}
 
 func (s *storeTrial[Tx]) viewIsConsistent() error {
@@ -2215,7 +2226,9 @@ type storeOp struct {
 }
 
 // opKinds, with those more often that lead somewhere.
-var opKinds = []string{"finish", "delete", "claim", "move", "row", "finish", "delete", "claim", "move", "finish", "stale", "stranger"}
+var opKinds = []string{
+	"finish", "delete", "claim", "move", "row", "finish", "delete", "claim", "move", "finish", "stale", "stranger",
+}
 
 func drawnOp() *rapid.Generator[storeOp] {
 	keys := []keystate.Key{{ID: "a"}, {Scope: "a", ID: "\x00"}, {Scope: "a\x00", ID: "\xff"}, {Scope: "\xff", ID: "a/a"}}
