@@ -30,6 +30,7 @@ func TestTheBoltStoreKeepsItsPromises(t *testing.T) {
 
 func TestAStoreThatSeveralEnginesShareMayPass(t *testing.T) {
 	defer goleak.VerifyNone(t)
+	setFlags(t, map[string]string{"rapid.checks": "20"})
 	house := sharedHouse{stores: map[string]*sharedBolt{}}
 	Store(t, house.open, BoltRows())
 	if house.most < 2 {
@@ -53,6 +54,7 @@ func TestAStoreThatRunsEveryFunctionTwiceMayPass(t *testing.T) {
 			return s.Store.Update(ctx, fn)
 		}
 	}}
+	setFlags(t, map[string]string{"rapid.checks": "20"})
 	Store(t, twice.open, BoltRows())
 }
 
@@ -137,14 +139,7 @@ func (s *tenant) Close() error {
 
 func TestEveryBrokenStoreIsFound(t *testing.T) {
 	defer goleak.VerifyNone(t)
-	for name, value := range map[string]string{"rapid.checks": "500", "rapid.shrinktime": "0s", "rapid.nofailfile": "true"} {
-		setting := flag.Lookup(name)
-		before := setting.Value.String()
-		t.Cleanup(func() { setting.Value.Set(before) })
-		if err := setting.Value.Set(value); err != nil {
-			t.Fatal(err)
-		}
-	}
+	setFlags(t, map[string]string{"rapid.checks": "500", "rapid.shrinktime": "0s", "rapid.nofailfile": "true"})
 	idle := map[string]bool{}
 	checks := map[string]storeCheck[*bbolt.Tx]{}
 	for _, c := range storeChecks[*bbolt.Tx]() {
@@ -222,6 +217,18 @@ func brokenShares() map[string]func(testing.TB, string) keystate.Store[*bbolt.Tx
 			}
 			return s
 		},
+	}
+}
+
+// setFlags sets flags for the length of a test.
+func setFlags(t *testing.T, values map[string]string) {
+	for name, value := range values {
+		setting := flag.Lookup(name)
+		before := setting.Value.String()
+		t.Cleanup(func() { setting.Value.Set(before) })
+		if err := setting.Value.Set(value); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 
