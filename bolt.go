@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io/fs"
+	"math"
 	"math/bits"
 	"os"
 	"path/filepath"
@@ -436,6 +437,9 @@ func (k *boltKeys) Get(key Key) (Record, error) {
 }
 
 func (k *boltKeys) Put(r *Record) error {
+	if k.reading {
+		return fmt.Errorf("keystate: %w", berrors.ErrTxNotWritable)
+	}
 	old, err := k.held(r)
 	if err != nil {
 		return err
@@ -503,6 +507,9 @@ func (k *boltKeys) append(key Key, sequence uint64, frame []byte) error {
 }
 
 func (k *boltKeys) Delete(r Record) error {
+	if k.reading {
+		return fmt.Errorf("keystate: %w", berrors.ErrTxNotWritable)
+	}
 	old, err := k.held(&r)
 	if err != nil {
 		return err
@@ -555,6 +562,9 @@ func (k *boltKeys) Unfinished(after Key, limit int) ([]Record, error) {
 func (k *boltKeys) Finished(after uint64, limit int) ([]Record, error) {
 	if err := k.openDone(); err != nil {
 		return nil, err
+	}
+	if after == math.MaxUint64 {
+		return nil, nil
 	}
 	c := k.done.Cursor()
 	name, frame := c.Seek(sequenceKey(after + 1))

@@ -11,7 +11,8 @@ type Store[Tx any] interface {
 
 	// Update runs fn in a transaction that is durable when Update returns nil, and has left no trace when it
 	// returns fn's error. fn may run more than once, concurrently with nothing; each run starts from a clean slate.
-	// A panic or runtime.Goexit in fn becomes an error and rolls back as an error does.
+	// A panic in fn becomes an error and rolls back as an error does. So does runtime.Goexit, or it rolls back and ends
+	// the goroutine that called Update.
 	Update(ctx context.Context, fn func(tx Tx) error) error
 
 	// View runs fn once in a transaction that reads one consistent, durable state.

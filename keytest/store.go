@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -362,10 +363,12 @@ func contentsIn(keys keystate.Keys) (c contents, err error) {
 		*countOf(&recount, r.Status)++
 	}
 	if recount != c.counts {
-		return c, fmt.Errorf("the Counts are %+v, there are %+v", c.counts, recount)
+		return c, fmt.Errorf("%w: the Counts are %+v, there are %+v", errMiscounted, c.counts, recount)
 	}
 	return c, nil
 }
+
+var errMiscounted = errors.New("it does not add up")
 
 func countOf(c *keystate.Counts, s keystate.Status) *uint64 {
 	switch s {
@@ -1420,9 +1423,10 @@ func (s *storeTrial[Tx]) finishedOrder() error {
 		if err := cmp.Or(err, sameRecords(page, want[9:12])); err != nil {
 			return fmt.Errorf("after a record that was deleted: %w", err)
 		}
-		page, err = tx.Finished(want[len(want)-1].Sequence, 3)
-		if err != nil || len(page) > 0 {
-			return fmt.Errorf("after the last there are %d more, %v", len(page), err)
+		for _, last := range []uint64{want[len(want)-1].Sequence, math.MaxInt64, math.MaxUint64} {
+			if page, err = tx.Finished(last, 3); err != nil || len(page) > 0 {
+				return fmt.Errorf("after sequence %d, the last or later, there are %d more, %v", last, len(page), err)
+			}
 		}
 		return nil
 	})
@@ -2061,10 +2065,14 @@ func (s *storeTrial[Tx]) viewCannotWrite() error {
 		var refused error
 		err := s.view(func(tx recordTx[Tx]) error {
 			refused = write(tx)
-			return nil
+			_, err := contentsIn(tx)
+			return err
 		})
 		if err == nil && refused == nil {
 			return fmt.Errorf("%s in a View: %w", what, errNone)
+		}
+		if errors.Is(err, errMiscounted) {
+			return fmt.Errorf("%s in a View: %w", what, err)
 		}
 		if err := s.unchanged(before); err != nil {
 			return fmt.Errorf("%s in a View took effect: %w", what, err)
