@@ -179,3 +179,11 @@ func ExampleWorld_Do() {
 	fmt.Println(answer.Payout, err)
 	// Output: pay bob 2000 #1 <nil>
 }
+
+// Whoever writes a store proves it so; here, the store that keystate brings.
+func ExampleStore() {
+	TestMyStoreKeepsItsPromises := func(t *testing.T) {
+		keytest.Store(t, keytest.OpenBolt, keytest.BoltRows())
+	}
+	_ = TestMyStoreKeepsItsPromises
+}

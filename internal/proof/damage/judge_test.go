@@ -533,13 +533,9 @@ func (in *inspection) keys() error {
 	return nil
 }
 
-// mayForget says whether a finished key may be unknown to a store that was opened without being checked as a whole: where pages
-// are stale, or checksums forged.
-func (in *inspection) mayForget() bool {
-	return !in.strict && slices.Contains([]string{
-		"stale page", "stale pages", "stale bucket", "lost commit", "torn page", "swapped contents", sealedRecord,
-	}, in.kind)
-}
+// mayForget says whether a finished key may be unknown to a store that was opened without being checked as a whole: where
+// checksums are forged.
+func (in *inspection) mayForget() bool { return !in.strict && in.kind == sealedRecord }
 
 // listing lists all keys, and counts them.
 func (in *inspection) listing() error {

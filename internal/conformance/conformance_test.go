@@ -1,4 +1,4 @@
-package keytest
+package conformance
 
 import (
 	"bytes"
