@@ -816,12 +816,14 @@ func (k *boltKeys) tallyDone() error {
 	return nil
 }
 
-// tallyIndex counts and sums the index's entries anew, unless it is stopped.
+// tallyIndex counts and sums the index's entries anew, unless it is stopped. They must ascend, or a search would miss some.
 func (k *boltKeys) tallyIndex(stopped func() bool) (entries, sum uint64, err error) {
+	var last []byte
 	err = k.index.ForEach(func(entry, _ []byte) error {
-		if len(entry) != 16 {
-			return fmt.Errorf("%w: an index entry of %d bytes", ErrCorrupt, len(entry))
+		if len(entry) != 16 || bytes.Compare(last, entry) >= 0 {
+			return fmt.Errorf("%w: an index entry of %d bytes, or out of order", ErrCorrupt, len(entry))
 		}
+		last = entry
 		if entries++; entries%1024 == 0 && stopped() {
 			return ErrClosed
 		}

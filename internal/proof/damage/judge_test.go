@@ -612,8 +612,6 @@ func (in *inspection) backup() error {
 
 // goOn resumes every key, replays some, and begins a new one.
 func (in *inspection) goOn() error {
-	ctx, cancel := context.WithTimeout(ctx, in.bound)
-	defer cancel()
 	s, err := openShop(in.engine, in.act)
 	if err != nil {
 		return in.tolerate("register", err)
@@ -624,17 +622,19 @@ func (in *inspection) goOn() error {
 		case keystate.Answered:
 			finished = append(finished, key)
 		default:
-			if err := in.resume(ctx, s, in.truth.records[key]); err != nil {
+			if err := in.resume(s, in.truth.records[key]); err != nil {
 				return err
 			}
 		}
 	}
 	for range min(5, len(finished)) {
-		if err := in.replay(ctx, s, in.truth.records[finished[in.IntN(len(finished))]]); err != nil {
+		if err := in.replay(s, in.truth.records[finished[in.IntN(len(finished))]]); err != nil {
 			return err
 		}
 	}
 	key := keystate.Key{Scope: "ada", ID: "a new order"}
+	ctx, cancel := in.patience()
+	defer cancel()
 	_, err = s.transfers.Do(ctx, key, requestOf(key))
 	if err := in.tolerate("new", err); err != nil {
 		return err
@@ -647,7 +647,14 @@ func mustPark(r keystate.Record) bool {
 	return r.Status == keystate.Parked || r.Machine == "charge" && !r.FirstTried.IsZero() && !r.Acted
 }
 
-func (in *inspection) resume(ctx context.Context, s *shop, r keystate.Record) error {
+// patience is how long one request may take.
+func (in *inspection) patience() (context.Context, context.CancelFunc) {
+	return context.WithTimeout(ctx, in.bound)
+}
+
+func (in *inspection) resume(s *shop, r keystate.Record) error {
+	ctx, cancel := in.patience()
+	defer cancel()
 	_, err := s.machine(r.Machine).Do(ctx, r.Key, requestOf(r.Key))
 	if mustPark(r) {
 		if errors.Is(err, keystate.ErrParked) {
@@ -663,7 +670,9 @@ func (in *inspection) resume(ctx context.Context, s *shop, r keystate.Record) er
 	return in.tolerate("resume", fmt.Errorf("%s: %w", r.Key, err))
 }
 
-func (in *inspection) replay(ctx context.Context, s *shop, r keystate.Record) error {
+func (in *inspection) replay(s *shop, r keystate.Record) error {
+	ctx, cancel := in.patience()
+	defer cancel()
 	if in.lost[r.Key] {
 		return nil
 	}
