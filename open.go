@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"strings"
+	"syscall"
 	"time"
 
 	"go.etcd.io/bbolt"
@@ -55,7 +56,7 @@ func openBolt(path string, o Options) (*boltStore, error) {
 // directory, it has made nothing there.
 func syncEntry(path string) error {
 	if err := syncDir(filepath.Dir(path)); err != nil && !errors.Is(err, fs.ErrPermission) {
-		return fmt.Errorf("keystate: %w", err)
+		return fmt.Errorf("%w: %w", ErrOutcomeUnknown, err)
 	}
 	return nil
 }
@@ -82,7 +83,10 @@ func openFile(path string, mode int, timeout time.Duration) (*os.File, error) {
 	}
 	mine, err1 := f.Stat()
 	there, err2 := os.Stat(path)
-	if err := errors.Join(err1, err2); err != nil || !os.SameFile(mine, there) {
+	if err := errors.Join(err1, err2); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		f.Close()
+		return nil, fmt.Errorf("keystate: %w", err)
+	} else if err != nil || !os.SameFile(mine, there) {
 		f.Close()
 		return nil, fmt.Errorf("keystate: %s was moved away while it was opened: %w", path, fs.ErrNotExist)
 	}
@@ -207,11 +211,14 @@ func openDB(f *os.File, readOnly bool) (db *bbolt.DB, err error) {
 		})
 		return err
 	})
+	var refused syscall.Errno
 	switch {
 	case errors.Is(err, berrors.ErrTimeout):
 		return nil, ErrLocked
 	case errors.Is(err, ErrCorrupt):
 		return nil, err
+	case errors.As(err, &refused): // no memory to map it, for one: that is no damage
+		return nil, fmt.Errorf("keystate: %w", err)
 	case err != nil:
 		return nil, fmt.Errorf("%w: %w", ErrCorrupt, err)
 	}
@@ -226,7 +233,12 @@ func createBolt(path string) error {
 
 // createFile makes a bbolt file at path. It is filled under another name and linked when it is whole and
 // synced: after a crash there is a complete file or none. It never replaces one that is there.
-func createFile(path string, fill func(*bbolt.DB) error) error {
+func createFile(path string, fill func(*bbolt.DB) error) (err error) {
+	defer func() {
+		if err != nil && (isFull(err) || isFullText(err.Error())) { // bbolt formats some causes with %s
+			err = fmt.Errorf("%w: %w", ErrStorageFull, err)
+		}
+	}()
 	dir, base := filepath.Split(path)
 	if dir == "" {
 		dir = "."
