@@ -720,6 +720,11 @@ func (s *boltStore) audited(ctx context.Context) error {
 	select {
 	case <-s.summed:
 		return s.failure()
+	default:
+	}
+	select {
+	case <-s.summed:
+		return s.failure()
 	case <-ctx.Done():
 		return ctx.Err()
 	}

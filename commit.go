@@ -312,7 +312,9 @@ func (c *committer) transact(g *group, fn func() error) error {
 	if err := c.failure(); err != nil {
 		return err
 	}
-	if info, err := os.Stat(c.store.path); err != nil || !os.SameFile(info, c.store.info) {
+	if info, err := os.Stat(c.store.path); err != nil {
+		return c.fail(fmt.Errorf("%w: %w", ErrMoved, err))
+	} else if !os.SameFile(info, c.store.info) {
 		return c.fail(fmt.Errorf("%w: %s", ErrMoved, c.store.path))
 	}
 	var id int
@@ -336,13 +338,14 @@ func (c *committer) transact(g *group, fn func() error) error {
 	case inside != nil:
 		return c.fail(inside)
 	}
-	if err = commitError(err); errors.Is(err, ErrStorageFull) {
+	failed := commitError(err)
+	if errors.Is(failed, ErrStorageFull) {
 		if !c.visible(id) {
-			return err
+			return failed
 		}
-		err = fmt.Errorf("%w: %w", ErrOutcomeUnknown, err)
+		failed = fmt.Errorf("%w: %w", ErrOutcomeUnknown, err)
 	}
-	return c.fail(err)
+	return c.fail(failed)
 }
 
 // open gives the group's members access to a transaction.

@@ -321,7 +321,7 @@ func (m *machine[Tx]) stage(anyTx any, key Key, print [16]byte, request []byte) 
 	if !errors.Is(err, ErrNotFound) {
 		return err
 	}
-	if err := m.engine.audited(m.engine.ctx); err != nil {
+	if err := m.engine.audited(m.engine.commitCtx); err != nil {
 		return err
 	}
 	r, err := m.engine.rules.next(Record{}, event{

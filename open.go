@@ -69,6 +69,9 @@ func dirExists(path string) bool {
 // openFile opens and locks an existing file, and makes sure that it is still what the path leads to.
 func openFile(path string, mode int, timeout time.Duration) (*os.File, error) {
 	if info, err := os.Stat(path); err != nil {
+		if _, there := os.Lstat(path); there == nil && errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("%w: %s is a link to nothing", ErrNotAStore, path)
+		}
 		return nil, fmt.Errorf("keystate: %w", err)
 	} else if !info.Mode().IsRegular() {
 		return nil, fmt.Errorf("%w: %s is no regular file", ErrNotAStore, path)

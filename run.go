@@ -403,11 +403,11 @@ func (j *journey[Tx]) failed(i int, p *phase[Tx], state []byte, err error) error
 	if v == ignored {
 		return j.commit(leg{from: i, state: j.record.State, stop: len(j.phases), ignored: map[int]string{i: err.Error()}})
 	}
-	return j.rewrite(j.consequence(p, v, reason, err, j.record.Attempts, state)...)
+	return j.rewrite(j.consequence(p, v, reason, err, j.record.Attempts, j.inRun, state)...)
 }
 
 // consequence is what a verdict does to a key whose attempt is counted already.
-func (j *journey[Tx]) consequence(p *phase[Tx], v verdict, reason ParkReason, err error, attempts int, state []byte) []event {
+func (j *journey[Tx]) consequence(p *phase[Tx], v verdict, reason ParkReason, err error, attempts, inRun int, state []byte) []event {
 	at := now()
 	failed := event{kind: fail, at: at, err: err.Error()}
 	switch v {
@@ -418,7 +418,7 @@ func (j *journey[Tx]) consequence(p *phase[Tx], v verdict, reason ParkReason, er
 	case later:
 		return []event{failed, {kind: wait, at: at, due: at.Add(p.retry.pause(attempts))}}
 	}
-	j.pause = p.retry.pause(attempts)
+	j.pause = p.retry.pause(inRun) // not of all attempts: somebody waits
 	return []event{failed, p.try(at)}
 }
 
@@ -671,7 +671,7 @@ func (j *journey[Tx]) amend(l leg, f *phaseFailure) leg {
 		l.stop, l.closing = len(j.phases), nil
 		return l
 	}
-	l.stop, l.closing = f.phase, j.consequence(p, v, reason, f.err, attempts, f.state)
+	l.stop, l.closing = f.phase, j.consequence(p, v, reason, f.err, attempts, inRun, f.state)
 	if !counted {
 		l.closing = append([]event{p.try(now())}, l.closing...)
 	}
