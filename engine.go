@@ -84,7 +84,7 @@ type Options struct {
 	CloseTimeout time.Duration
 
 	// VerifyLimit is the size of a file, in bytes, up to which Open checks all of it; of a larger one it checks what is
-	// unfinished, and [Verify] checks the rest. Default: 64 MiB; negative: never all of it.
+	// unfinished, the index is checked while new keys wait, and [Verify] checks the rest. Default: 64 MiB; negative: never all of it.
 	VerifyLimit int64
 
 	// ParkUnknown lets Register park stored keys that rest on points which the phases no longer name, instead of failing. Default: it fails.
