@@ -17,5 +17,5 @@
 //	go test ./internal/proof/disk -run PowerCut -disk-states=1000000 -timeout=0
 //
 // From the second round on, the successor's calls fail, too. -disk-seed draws other states. Where processes cannot be
-// traced the tests skip, unless the environment has CI set.
+// traced the tests skip; with KEYSTATE_MUST_TRACE=1 in the environment they fail instead.
 package disk
