@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io/fs"
 	"log/slog"
@@ -1520,43 +1519,6 @@ func filled(t testing.TB) string {
 	return path
 }
 
-var (
-	damageStep = flag.Int("damage-step", 401, "bytes between two flipped bits in the test of damaged files")
-	damageSeed = flag.Int("damage-seed", 0, "where the test of damaged files begins")
-)
-
-func TestADamagedFileIsNamedAndNeverHalfBelieved(t *testing.T) {
-	sound, err := os.ReadFile(filled(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	path := storePath(t)
-	try := func(what string, content []byte) {
-		t.Helper()
-		if err := os.WriteFile(path, content, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		e, err := Open(path, &Options{Logger: quiet})
-		switch {
-		case err == nil:
-			intact(t, what, e)
-			if err := e.Close(); err != nil {
-				t.Errorf("%s: close: %v", what, err)
-			}
-		case !errors.Is(err, ErrCorrupt) && !errors.Is(err, ErrNotAStore):
-			t.Errorf("%s: got %v", what, err)
-		}
-	}
-	for cut := 0; cut < len(sound); cut += 2039 {
-		try(fmt.Sprint("cut at ", cut), sound[:cut])
-	}
-	for at := *damageSeed % *damageStep; at < len(sound); at += *damageStep {
-		damaged := bytes.Clone(sound)
-		damaged[at] ^= 1 << (at % 8)
-		try(fmt.Sprint("bit flipped at ", at), damaged)
-	}
-}
-
 // intact checks that a store which was opened without complaint has all that filled has put into it.
 func intact(t *testing.T, what string, e *Engine[*bbolt.Tx]) {
 	t.Helper()
@@ -1693,60 +1655,6 @@ func TestCloseNamesAViewThatStaysOpenAndDoesNotWaitForItForEver(t *testing.T) {
 			t.Error(err)
 		}
 	})
-}
-
-func TestAStalePageIsNoticed(t *testing.T) {
-	path := storePath(t)
-	e := open(t, path, nil)
-	m := register(t, e, downForEve()...)
-	var images [][]byte
-	for i := range 100 {
-		if _, err := m.Do(ctx, Key{"ada", fmt.Sprint(i)}, request); err != nil {
-			t.Fatal(err)
-		}
-		if i == 98 {
-			if _, err := m.Do(ctx, Key{"eve", "1"}, transfer{From: "eve"}); !errors.Is(err, errDown) {
-				t.Fatal(err)
-			}
-		}
-		if i%9 == 0 {
-			image, err := os.ReadFile(path)
-			if err != nil {
-				t.Fatal(err)
-			}
-			images = append(images, image)
-		}
-	}
-	last := images[len(images)-1]
-	noticed := 0
-	size := os.Getpagesize()
-	damaged := storePath(t)
-	for _, earlier := range images[:len(images)-1] {
-		for at := 2 * size; at+size <= min(len(earlier), len(last)); at += size {
-			if bytes.Equal(earlier[at:at+size], last[at:at+size]) {
-				continue
-			}
-			image := bytes.Clone(last)
-			copy(image[at:at+size], earlier[at:])
-			if err := os.WriteFile(damaged, image, 0o600); err != nil {
-				t.Fatal(err)
-			}
-			e, err := Open(damaged, &Options{Logger: quiet})
-			if err != nil {
-				if noticed++; !errors.Is(err, ErrCorrupt) {
-					t.Errorf("page %d: got %v", at/size, err)
-				}
-				continue
-			}
-			intact(t, fmt.Sprint("stale page ", at/size), e) // the page was free
-			if err := e.Close(); err != nil {
-				t.Error(err)
-			}
-		}
-	}
-	if noticed < 20 {
-		t.Errorf("only %d stale pages mattered", noticed)
-	}
 }
 
 func TestAFileThatIsMovedAwayStopsTheEngine(t *testing.T) {

@@ -5,7 +5,9 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -31,6 +33,19 @@ func TestEveryFaultIsCaught(t *testing.T) {
 			}
 			t.Errorf("survived %d scenarios", budget)
 		})
+	}
+}
+
+func TestEveryFaultIsListedInTheDocumentation(t *testing.T) {
+	page, err := os.ReadFile("docs/testing.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := strings.Join(strings.Fields(string(page)), " ")
+	for _, f := range faults {
+		if !strings.Contains(text, f.name) {
+			t.Errorf("docs/testing.md does not list %q", f.name)
+		}
 	}
 }
 
