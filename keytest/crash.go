@@ -51,7 +51,7 @@ type Case[Tx, S any] struct {
 	// Key is the request's key. Default: one of keytest's own.
 	Key keystate.Key
 
-	// Options are the engine's. Nothing is reaped, and nothing is logged unless there is a Logger.
+	// Options are the engine's. Nothing is reaped; nothing is logged unless there is a Logger; Headroom is none by default.
 	Options keystate.Options
 
 	// Open opens the store that lives in a folder, and makes it when there is none. Default, for *bbolt.Tx: [OpenBolt].

@@ -102,6 +102,9 @@ func (p *play[Tx, S]) boot(life int) (*process[Tx, S], error) {
 	}
 	opts := p.subject.Options
 	opts.Retention = -1
+	if opts.Headroom == 0 {
+		opts.Headroom = -1
+	}
 	if opts.Logger == nil {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}

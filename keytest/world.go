@@ -35,7 +35,7 @@ type World struct {
 type Deed struct {
 	Token   string
 	Request string
-	Receipt string    // what was answered: the request, and the how manieth of its kind it was
+	Receipt string    // what was answered: the request, and how often it has been done by then
 	At      time.Time // when it was done
 	Asked   int       // how often it was asked for under this token
 }
