@@ -85,6 +85,7 @@ type process[Tx, S any] struct {
 	fault   fault
 	engine  *keystate.Engine[Tx]
 	machine *keystate.Machine[S]
+	started chan struct{} // closed when the program has started: interrupted keys go on before
 	close   func() error
 
 	mu        sync.Mutex
@@ -96,7 +97,8 @@ type process[Tx, S any] struct {
 
 // boot starts the program: it opens the store, and the engine on it, and registers the machine.
 func (p *play[Tx, S]) boot(life int) (*process[Tx, S], error) {
-	proc := &process[Tx, S]{Store: p.subject.open(p.t, p.dir), play: p}
+	proc := &process[Tx, S]{Store: p.subject.open(p.t, p.dir), play: p, started: make(chan struct{})}
+	defer close(proc.started)
 	if life < len(p.scenario.faults) {
 		proc.fault = p.scenario.faults[life]
 	}
@@ -123,16 +125,21 @@ func (p *play[Tx, S]) boot(life int) (*process[Tx, S], error) {
 	return proc, nil
 }
 
-// reach notes that the process has come to a place, and says what strikes there.
+// reach notes that the process has come to a place, and says what strikes there: not before the program has started, which would
+// fail in the middle of its start.
 func (p *process[Tx, S]) reach(at place) (n int, strikes what) {
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	n = len(p.places)
 	p.places = append(p.places, at)
-	if p.fault.what != "" && p.fault.at == n {
-		return n, p.fault.what
+	p.mu.Unlock()
+	if p.fault.what == "" || p.fault.at != n {
+		return n, ""
 	}
-	return n, ""
+	select {
+	case <-p.started:
+	case <-time.After(time.Second): // it is the start that has come here
+	}
+	return n, p.fault.what
 }
 
 func (p *process[Tx, S]) die() error {
