@@ -25,10 +25,29 @@ const (
 	givesUp         bug = "a key parks that nobody retries"
 	opensSlowly     bug = "the store takes longer than a second to open"
 	hoards          bug = "memory is not let go of"
+	neverSyncs      bug = "the store is never synced"
 )
 
 // openSplit opens the store so that each Update is two.
 func openSplit(path string, o *keystate.Options) (*keystate.Engine[*bbolt.Tx], error) {
+	db, err := openOwn(path, o, &bbolt.Options{Timeout: time.Second})
+	if err != nil {
+		return nil, err
+	}
+	return keystate.New[*bbolt.Tx](&split{Store: keystate.Bolt(db)}, o)
+}
+
+// openUnsynced opens the store so that nothing is synced once it is made.
+func openUnsynced(path string, o *keystate.Options) (*keystate.Engine[*bbolt.Tx], error) {
+	db, err := openOwn(path, o, &bbolt.Options{Timeout: time.Second, NoSync: true, NoGrowSync: true})
+	if err != nil {
+		return nil, err
+	}
+	return keystate.New(keystate.Bolt(db), o)
+}
+
+// openOwn opens the store's file as a program does that brings its own database.
+func openOwn(path string, o *keystate.Options, own *bbolt.Options) (*bbolt.DB, error) {
 	if _, err := os.Stat(path); err != nil { // keystate makes a file whole or not at all
 		e, err := keystate.Open(path, o)
 		if err != nil {
@@ -38,11 +57,7 @@ func openSplit(path string, o *keystate.Options) (*keystate.Engine[*bbolt.Tx], e
 			return nil, err
 		}
 	}
-	db, err := bbolt.Open(path, 0o600, &bbolt.Options{Timeout: time.Second})
-	if err != nil {
-		return nil, err
-	}
-	return keystate.New[*bbolt.Tx](&split{Store: keystate.Bolt(db)}, o)
+	return bbolt.Open(path, 0o600, own)
 }
 
 // split is a store that writes the records of a transaction in a second one.

@@ -92,9 +92,12 @@ func (c *child) open(path string) (err error) {
 		Observer:  &keystate.Observer{Retried: c.report},
 		Logger:    slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelError})),
 	}
-	if c.bug == twoTransactions {
+	switch c.bug {
+	case twoTransactions:
 		c.engine, err = openSplit(path, o)
-	} else {
+	case neverSyncs:
+		c.engine, err = openUnsynced(path, o)
+	default:
 		c.engine, err = keystate.Open(path, o)
 	}
 	return err

@@ -9,7 +9,9 @@
 // ends; the file is sound after every kill that is looked into, opens within a second, and the child's memory stays within bounds.
 //
 // What kill -9 does not show: the kernel keeps what a killed process has written, so a store that never syncs
-// passes this test. That takes a power cut, which the root package's tests build from recorded writes.
+// passes this test. That takes a power cut, which the root package's tests build from recorded writes. With -dir, the stores
+// live on a disk of yours, and with -after-kill, a command is run after each kill, such as one that cuts that disk's power; the
+// module internal/proof/power has both.
 //
 // A soak:
 //

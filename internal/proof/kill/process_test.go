@@ -5,6 +5,7 @@ package kill
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"encoding/gob"
 	"fmt"
 	"math/rand/v2"
@@ -27,6 +28,7 @@ type process struct {
 	closed chan struct{} // closed when it says that the store is closed
 	gone   chan struct{} // closed when it is dead, and all that it said has been judged
 	counts chan counts
+	killed sync.Once
 
 	mu      sync.Mutex
 	pending map[int]*pending
@@ -140,10 +142,31 @@ func (p *process) await(milestone <-chan struct{}) {
 	}
 }
 
-// kill ends the child with SIGKILL, and waits until all that it said has been judged.
+// kill ends the child with SIGKILL, and waits until all that it said has been judged. The command of -after-kill is run
+// before the child is quite dead: its thread that waits for a sync lives until the sync is done, and the power is to fail
+// during syncs, too. From the signal on, it can say no more.
 func (p *process) kill() {
-	_ = p.cmd.Process.Kill() // it may have ended by itself
+	p.killed.Do(func() {
+		_ = p.cmd.Process.Kill() // it may have ended by itself
+		if err := runAfterKill(); err != nil {
+			p.w.blame(err)
+		}
+	})
 	<-p.gone
+}
+
+func runAfterKill() error {
+	if *afterKill == "" {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), hang)
+	defer cancel()
+	c := exec.CommandContext(ctx, "sh", "-c", *afterKill)
+	c.WaitDelay = time.Second
+	if said, err := c.CombinedOutput(); err != nil {
+		return fmt.Errorf("%s: %w: %.2000s", *afterKill, err, said)
+	}
+	return nil
 }
 
 var peak = regexp.MustCompile(`VmHWM:\s+(\d+) kB`)

@@ -80,10 +80,10 @@ func parse(args []string) (*run, error) {
 	}
 	at := flags.String("mount", "", "an empty `folder` to mount on; default: a new one")
 	flags.BoolVar(&r.onExt4, "ext4", false, "put ext4 on a loop device on a disk image between the command and the disk")
-	flags.Int64Var(&r.size, "size", 64, "the disk image's size in `MiB`")
+	flags.Int64Var(&r.size, "size", 128, "the disk image's size in `MiB`")
 	flags.BoolVar(&r.lie, "lie", false, "answer each sync with success, and do nothing")
 	flags.Uint64Var(&r.seed, "seed", rand.Uint64(), "of what is lost")
-	flags.DurationVar(&r.slow, "slow", 8*time.Millisecond, "the longest `time` that a sync takes")
+	flags.DurationVar(&r.slow, "slow", 12*time.Millisecond, "the longest `time` that a sync takes")
 	flags.Float64Var(&r.spare, "spare", 0.1, "the `share` of kills that no power cut follows")
 	if err := flags.Parse(args); err != nil {
 		return nil, err
