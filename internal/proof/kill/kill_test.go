@@ -193,6 +193,37 @@ func TestPowerCutsFindAStoreThatNeverSyncs(t *testing.T) {
 	seek(t, place(t, 0), neverSyncs)
 }
 
+// A maker that is killed between linking the file and syncing its folder leaves a name that a power cut can take.
+func TestAStoreKeepsItsNameThoughItsMakerWasKilled(t *testing.T) {
+	if *afterKill == "" || *folder == "" {
+		t.Skip("kill -9 alone loses no names: this takes -dir and -after-kill with a command that cuts that disk's power")
+	}
+	for i := range min(*cycles, 20) {
+		made, path := place(t, 2*i), place(t, 2*i+1)
+		if err := live(newWorld(), made); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Link(made, path); err != nil {
+			t.Fatal(err)
+		}
+		w := newWorld()
+		if _, err := w.play(path, 0, ""); err != nil {
+			t.Fatalf("after %d cuts: %v", i, err)
+		}
+	}
+}
+
+// live lets one child make a store, and nothing else.
+func live(w *world, path string) error {
+	p, err := startProcess(w, path, "")
+	if err != nil {
+		return err
+	}
+	p.await(p.ready)
+	p.kill()
+	return w.failed()
+}
+
 // seek fails the test when a bug is not found.
 func seek(t *testing.T, path string, b bug) {
 	w := newWorld()

@@ -213,7 +213,11 @@ func (p *process) live(m moment) {
 		upTo(10 * time.Millisecond)
 	case atOpen:
 		p.await(p.hello)
-		upTo(3 * time.Millisecond)
+		longest := 3 * time.Millisecond
+		if *folder != "" { // nobody knows how fast that disk is
+			longest <<= rand.IntN(6)
+		}
+		upTo(longest)
 	case recovering:
 		p.await(p.ready)
 		upTo(5 * time.Millisecond)
