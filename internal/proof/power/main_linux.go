@@ -202,6 +202,9 @@ func (r *run) try(name string, args ...string) error {
 	return nil
 }
 
+// grace is what an interrupted command has to end by itself.
+const grace = 2 * time.Second
+
 var errInterrupted = errors.New("interrupted")
 
 // execute runs the command in a process group of its own, and lets nothing of it outlive the run.
@@ -235,7 +238,7 @@ func (r *run) execute() error {
 		_ = syscall.Kill(group, s.(syscall.Signal))
 		select {
 		case <-ended:
-		case <-time.After(5 * time.Second):
+		case <-time.After(grace):
 			_ = syscall.Kill(group, syscall.SIGKILL)
 		}
 		return fmt.Errorf("%w: %v", errInterrupted, s)

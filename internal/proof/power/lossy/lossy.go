@@ -406,7 +406,7 @@ func (n *Node) WriteAt(b []byte, off int64) {
 	n.fs.mu.Lock()
 	defer n.fs.mu.Unlock()
 	n.fs.tally.Writes++
-	if end := off + int64(len(b)); end > n.seen.size {
+	if end := off + int64(len(b)); len(b) > 0 && end > n.seen.size {
 		n.do(write{off: end, resize: true, grow: true})
 	}
 	n.do(write{off: off, data: slices.Clone(b)})
