@@ -433,9 +433,6 @@ func (n *Node) Sync() {
 	fs := n.fs
 	fs.mu.Lock()
 	defer fs.mu.Unlock()
-	if n.world != fs.world {
-		return // its disk is gone
-	}
 	fs.tally.Syncs++
 	if fs.lies {
 		return
@@ -445,7 +442,7 @@ func (n *Node) Sync() {
 	fs.pause(n.world)
 	n.world.syncing--
 	if n.world != fs.world {
-		return
+		return // its disk is gone
 	}
 	if n.folder {
 		n.world.changes = slices.DeleteFunc(n.world.changes, func(c change) bool {
