@@ -141,8 +141,9 @@ func (w *world) settle(path string, n *counts) {
 // settleBook judges one transfer in the end, adds what it moves, and returns how many rows it has.
 func (w *world) settleBook(b *book, l *ledger, balances map[string]int64) (rows int) {
 	var paid int64
-	for _, life := range b.lives {
-		if life.answer == "" {
+	for i, life := range b.lives {
+		reaped := i < len(b.lives)-1 // perhaps before its client came to hear the answer
+		if life.answer == "" && (!reaped || l.rows["settled/"+life.token] != 1) {
 			w.wrong("%s did not end: %s", b.transfer.ID, b)
 		}
 		if life.token == "" {
