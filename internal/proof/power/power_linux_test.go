@@ -45,7 +45,8 @@ func needRoot(t *testing.T) {
 	t.Setenv("GORACE", "atexit_sleep_ms=0") // or each cut takes a second more under the race detector
 }
 
-// plug mounts a disk for a test. Its server is another process: a page fault in the one that has to answer it would never end.
+// plug mounts a disk for a test. Its server is another process: a page fault in the one that has to answer it would
+// never end.
 func plug(t *testing.T, flags ...string) *run {
 	t.Helper()
 	needRoot(t)

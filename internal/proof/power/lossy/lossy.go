@@ -1,20 +1,22 @@
 // Package lossy is a file system in memory that loses what was not synced when its power is cut.
 //
-// Every file and folder is there twice: as programs see it, and as the disk has it. A sync of a file brings its content and its
-// size to the disk, and not its name; a sync of a folder brings its names, and not what they name. [FS.Cut] takes what the
-// disk has, adds some of what was not synced yet, at random, and makes a new world of it:
+// Every file and folder is there twice: as programs see it, and as the disk has it. A sync of a file brings its
+// content and its size to the disk, and not its name; a sync of a folder brings its names, and not what they name.
+// [FS.Cut] takes what the disk has, adds some of what was not synced yet, at random, and makes a new world of it:
 //
-//   - A write to a file lands, or does not, or some of its sectors of 512 bytes do, whatever became of the writes before and
-//     after it. Of two writes to one sector that both land, the later one stays. A file's growth is an operation of its own: data
-//     that lands past the end is lost, and an end that lands without its data is followed by zeros.
-//   - A change to a folder (a name that is new, linked or gone) lands or does not, whatever became of others. This is harsher
-//     than journaling file systems are, and what POSIX allows. A rename is one change: it lands whole or not at all.
+//   - A write to a file lands, or does not, or some of its sectors of 512 bytes do, whatever became of the writes
+//     before and after it. Of two writes to one sector that both land, the later one stays. A file's growth is an
+//     operation of its own: data that lands past the end is lost, and an end that lands without its data is followed
+//     by zeros.
+//   - A change to a folder (a name that is new, linked or gone) lands or does not, whatever became of others. This
+//     is harsher than journaling file systems are, and what POSIX allows. A rename is one change: it lands whole or
+//     not at all.
 //   - How much lands differs from one cut to the next: from nothing to everything.
 //
 // A sync counts from its end, for what was written before its beginning; a cut in its midst may lose any of it.
 //
-// Whoever has files open from before a cut goes on in the old world, which nothing leads back from: a write of a process that has
-// yet to die cannot reach the new one.
+// Whoever has files open from before a cut goes on in the old world, which nothing leads back from: a write of a
+// process that has yet to die cannot reach the new one.
 package lossy
 
 import (
