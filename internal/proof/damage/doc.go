@@ -3,7 +3,7 @@
 // what had been committed, and every key can go on.
 //
 // Stores are made with the exported API and recorded commit by commit. Their files are then damaged in some thirty ways, each
-// chosen by a seed that names the file for ever, and judged in child processes, so that a crash, a hang or a hunger for memory
+// chosen by a seed (bbolt gives out pages as it likes, so -artifacts keeps the file), and judged in child processes, so that a crash, a hang or a hunger for memory
 // is one file's and not the test's end. A judge that never objects proves nothing: the same files are shown to openers that are
 // wrong on purpose, and every one of them must be found out.
 //

@@ -23,7 +23,7 @@ import (
 )
 
 // The stores whose files are damaged. Each is made with the exported API, under a fake clock and seeded randomness so that a
-// file's seed means the same damage in every run, and is copied after every commit.
+// file's seed means the same in every run, but for the pages that bbolt chooses, and is copied after every commit.
 
 type transfer struct {
 	Name, From, To string
