@@ -614,7 +614,11 @@ func (s *boltStore) View(_ context.Context, fn func(tx *bbolt.Tx) error) error {
 	if err := s.failure(); err != nil {
 		return err
 	}
-	return s.guard(func() error { return s.db.View(fn) })
+	err := s.guard(func() error { return s.db.View(fn) })
+	if errors.Is(err, berrors.ErrDatabaseNotOpen) { // the engine was closed between its look at that and ours
+		return fmt.Errorf("%w: %w", ErrClosed, err)
+	}
+	return err
 }
 
 // commitError names what a failed bbolt commit means. Only errors known to have written nothing that counts

@@ -1581,6 +1581,16 @@ func TestNothingIsReadAfterClose(t *testing.T) {
 	}
 }
 
+func TestAReadThatCloseOvertakesSaysThatTheEngineIsClosed(t *testing.T) {
+	e := open(t, storePath(t), nil)
+	if err := e.store.(*boltStore).db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := e.Key(ctx, ada); !errors.Is(err, ErrClosed) {
+		t.Errorf("got %v", err)
+	}
+}
+
 func TestWhatAFailedCommitMeansIsReadFromItsError(t *testing.T) {
 	pathError := func(op string) error { return &fs.PathError{Op: op, Path: "keys.db", Err: fullDisk} }
 	for name, test := range map[string]struct{ err, want error }{
