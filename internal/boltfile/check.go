@@ -172,8 +172,9 @@ func (c *checker) branch(p page, first, limit []byte) (levels int, err error) {
 	return levels + 1, nil
 }
 
-// outline checks the branches of page id and below, and returns how many levels there are. It reads one leaf, to
-// know how deep they lie, and claims the others.
+// outline checks that the branches of page id and below lead down and nowhere else, and returns how many levels there are. It reads
+// one leaf, to know how deep they lie, and claims the others. Keys it leaves to those who read them: a search among keys
+// out of order misses some, but it ends.
 func (c *checker) outline(id uint64) (levels int, err error) {
 	p, err := c.enter(id)
 	if err != nil {
@@ -187,9 +188,8 @@ func (c *checker) outline(id uint64) (levels int, err error) {
 		return 0, damaged(id, "flags %#x in a bucket's tree", p.flags)
 	case p.count == 0:
 		return 0, damaged(id, "branch without elements")
-	}
-	if err := c.scan(p, nil, nil); err != nil {
-		return 0, err
+	case pageHeaderSize+p.count*elementSize > len(p.head):
+		return 0, damaged(id, "%d elements on a page of %d bytes", p.count, len(p.head))
 	}
 	for i := range p.count {
 		child := p.element(i).child
