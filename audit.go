@@ -7,11 +7,14 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"reflect"
 	"runtime"
 	"runtime/debug"
 	"strings"
+	"sync/atomic"
 
+	"example.com/keystate/internal/boltfile"
 	"go.etcd.io/bbolt"
 )
 
@@ -103,24 +106,59 @@ func (k *boltKeys) tallyIndex(stopped func() bool) (entries, sum uint64, err err
 	return entries, sum, err
 }
 
-// sumIndex sums the index of a store of which Open has not checked all, and stops the store when it does not add up. A finished key
-// whose index page was lost would look like a new one, and be carried out again: so none is taken for new before.
-func (s *boltStore) sumIndex() {
-	defer close(s.summed)
-	err := s.View(context.Background(), func(tx *bbolt.Tx) error {
-		k, err := newBoltKeys(tx, s.id)
-		if err != nil {
-			return err
-		}
-		entries, sum, err := k.tallyIndex(s.closing.Load)
-		if err == nil && (entries != k.ledger.counts.Finished || sum != k.ledger.indexSum) {
-			err = fmt.Errorf("%w: the index does not add up to what the ledger says: a finished key would not be found", ErrCorrupt)
-		}
+// beginAudit has the index looked through in the background, as it is now: a finished key whose index page was lost would look like
+// a new one, and be carried out again. So none is taken for new before.
+func (s *boltStore) beginAudit() error {
+	var tx *bbolt.Tx
+	err := s.guard(func() (err error) {
+		tx, err = s.db.Begin(false)
 		return err
 	})
-	if err != nil && !errors.Is(err, ErrClosed) {
-		s.fail(err)
+	if err != nil {
+		return fmt.Errorf("keystate: %w", err)
 	}
+	header, err := boltfile.ReadHeader(s.file, tx.Size())
+	if err != nil {
+		return errors.Join(pageError(err), tx.Rollback())
+	}
+	go func() {
+		defer close(s.summed)
+		err := s.guard(func() error { return s.auditIndex(tx, header) })
+		if err = errors.Join(err, tx.Rollback()); err != nil && !errors.Is(err, ErrClosed) {
+			s.fail(err)
+		}
+	}()
+	return nil
+}
+
+// auditIndex checks the index's pages, and that its entries add up to what the ledger says. While tx is open, none of the pages is
+// used for anything else, whatever is committed.
+func (s *boltStore) auditIndex(tx *bbolt.Tx, header boltfile.Header) error {
+	if err := boltfile.Check(whileOpen{s.file, &s.closing}, tx.Size(), header, indexed); err != nil {
+		return pageError(err)
+	}
+	k, err := newBoltKeys(tx, s.id)
+	if err != nil {
+		return err
+	}
+	entries, sum, err := k.tallyIndex(s.closing.Load)
+	if err == nil && (entries != k.ledger.counts.Finished || sum != k.ledger.indexSum) {
+		err = fmt.Errorf("%w: the index does not add up to what the ledger says: a finished key would not be found", ErrCorrupt)
+	}
+	return err
+}
+
+// whileOpen reads until the store is being closed.
+type whileOpen struct {
+	io.ReaderAt
+	closing *atomic.Bool
+}
+
+func (r whileOpen) ReadAt(b []byte, at int64) (int, error) {
+	if r.closing.Load() {
+		return 0, ErrClosed
+	}
+	return r.ReaderAt.ReadAt(b, at)
 }
 
 // audited waits until the index has been summed, and says whether it adds up.

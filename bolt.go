@@ -121,12 +121,12 @@ func (s *boltStore) Boot(ctx context.Context) (id [16]byte, epoch uint64, err er
 		return id, 0, commitError(err)
 	}
 	s.id = id
-	s.start()
 	if s.file == nil || s.whole {
 		close(s.summed)
-	} else {
-		go s.sumIndex()
+	} else if err := s.beginAudit(); err != nil {
+		return id, 0, err
 	}
+	s.start()
 	return id, epoch, nil
 }
 
@@ -569,11 +569,12 @@ func (k *boltKeys) Finished(after uint64, limit int) ([]Record, error) {
 		return nil, err
 	}
 	index := k.index.Cursor()
-	for _, r := range records { // a page of another time may hold what was reaped since
+	for _, r := range records { // a page of another time or place may hold what was reaped since, or belongs elsewhere
 		want := indexEntry(k.place(r.Key), r.Sequence)
-		if entry, _ := index.Seek(want); !bytes.Equal(entry, want) {
-			return nil, fmt.Errorf("%w: the index does not name the finished record of %s", ErrCorrupt, r.Key)
+		if entry, _ := index.Seek(want); r.Sequence <= after || !bytes.Equal(entry, want) {
+			return nil, fmt.Errorf("%w: the finished record of %s is out of order, or the index does not name it", ErrCorrupt, r.Key)
 		}
+		after = r.Sequence
 	}
 	return records, nil
 }

@@ -155,6 +155,11 @@ func checkPages(f *os.File, size int64, all, write bool) error {
 		}
 		err = boltfile.Check(f, size, header, visit)
 	}
+	return pageError(err)
+}
+
+// pageError names what is wrong with a file's pages.
+func pageError(err error) error {
 	switch {
 	case errors.Is(err, boltfile.ErrForeign):
 		return fmt.Errorf("%w: %w", ErrNotAStore, err)
@@ -168,16 +173,22 @@ func checkPages(f *os.File, size int64, all, write bool) error {
 	return nil
 }
 
-// vital is how much of each bucket Open looks at however large the file is: all of what is unfinished; of what is finished and of its
-// index so much that no walk in them goes on for ever. Their records bear checksums, and the index is summed before a key is taken for new.
+// vital is how much of each bucket Open looks at however large the file is: all of what is unfinished; of what is finished, of its
+// index, and of the program's buckets so much that no walk in them goes on for ever, and that none shares a page with another or with
+// the free ones. Finished records bear checksums, and the index is looked through before a key is taken for new.
 func vital(path [][]byte) boltfile.Extent {
-	switch {
-	case !bytes.Equal(path[0], bucketRoot):
-		return boltfile.Nothing
-	case len(path) == 1, bytes.Equal(path[1], bucketLive):
+	if bytes.Equal(path[0], bucketRoot) && (len(path) == 1 || bytes.Equal(path[1], bucketLive)) {
 		return boltfile.Everything
 	}
 	return boltfile.Branches
+}
+
+// indexed is all of the index, and of the others nothing that Open has not looked at.
+func indexed(path [][]byte) boltfile.Extent {
+	if bytes.Equal(path[0], bucketRoot) && (len(path) == 1 || bytes.Equal(path[1], bucketIndex)) {
+		return boltfile.Everything
+	}
+	return boltfile.Nothing
 }
 
 // survive turns every panic and fault in fn into ErrCorrupt: nothing but bbolt runs in it, on a file not trusted yet.

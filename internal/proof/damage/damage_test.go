@@ -26,7 +26,7 @@ import (
 
 var (
 	damaged      = flag.Uint64("damaged", 10_000, "files to damage")
-	damagedLarge = flag.Uint64("damaged-large", 200, "files to damage and open as if they were larger than VerifyLimit")
+	damagedLarge = flag.Uint64("damaged-large", 1000, "files to damage and open as if they were larger than VerifyLimit")
 	damagedSeed  = flag.Int64("damaged-seed", -1, "the seed of the one file to damage and judge")
 	damagedFrom  = flag.Uint64("damaged-from", 0, "the seed of the first file")
 )

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/cryptotest"
 	"testing/synctest"
@@ -174,10 +175,11 @@ func (p plan) record(t *testing.T, dir string) (images [][]byte) {
 	synctest.Test(t, func(t *testing.T) {
 		rec := &recorder{path: filepath.Join(dir, "store")}
 		defer os.Remove(rec.path)
-		recording := true
+		var last, recorded atomic.Bool // one more commit is kept; it was
 		opts := keystate.Options{Logger: quiet, Retention: time.Hour, Headroom: -1, Observer: &keystate.Observer{
 			Grouped: func(e keystate.Event) {
-				if recording {
+				if !recorded.Load() {
+					recorded.Store(last.Load())
 					rec.commit(e)
 				}
 			},
@@ -194,6 +196,7 @@ func (p plan) record(t *testing.T, dir string) (images [][]byte) {
 		p.fill(t, s, p.reaped, p.reaped+p.finished-p.others)
 		p.strange(t, s)
 		p.fill(t, s, p.reaped+p.finished-p.others, p.reaped+p.finished)
+		last.Store(true)
 		must(t, e.Update(ctx, func(tx *bbolt.Tx) error {
 			for i := range p.others {
 				key := keystate.Key{Scope: "ida", ID: fmt.Sprint("staged ", i)}
@@ -203,7 +206,6 @@ func (p plan) record(t *testing.T, dir string) (images [][]byte) {
 			}
 			return nil
 		}))
-		recording = false
 		if p.copied {
 			rec.backup(t, e)
 		}
