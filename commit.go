@@ -333,6 +333,8 @@ func (c *committer) transact(g *group, fn func() error) error {
 	case err == nil:
 		c.keep(g.keys.arena)
 		return nil
+	case inside != nil && !errors.Is(err, inside): // bbolt panicked as it rolled back, and may never let go of its lock
+		return c.fail(err)
 	case errors.Is(inside, errSpoiled):
 		return inside
 	case inside != nil:

@@ -1581,6 +1581,24 @@ func TestNothingIsReadAfterClose(t *testing.T) {
 	}
 }
 
+func TestCloseDoesNotWaitForALockThatBoltLeftBehindWhenItPanicked(t *testing.T) {
+	path := storePath(t)
+	e := open(t, path, nil)
+	store := e.store.(*boltStore)
+	store.fail(ErrCorrupt)
+	held, err := store.db.Begin(true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := e.Close(); !errors.Is(err, ErrCorrupt) {
+		t.Errorf("got %v", err)
+	}
+	open(t, path, nil)                      // the file is free
+	if err := held.Rollback(); err != nil { // or the test would leave a goroutine behind
+		t.Error(err)
+	}
+}
+
 func TestAReadThatCloseOvertakesSaysThatTheEngineIsClosed(t *testing.T) {
 	e := open(t, storePath(t), nil)
 	if err := e.store.(*boltStore).db.Close(); err != nil {

@@ -377,7 +377,25 @@ func (s *boltStore) Close() error {
 	if s.started {
 		<-s.summed
 	}
+	if errors.Is(s.failure(), ErrCorrupt) {
+		return abandonBolt(s.db, s.file)
+	}
 	return closeBolt(s.db, s.file)
+}
+
+// abandonBolt closes a damaged database. Where bbolt has panicked over it, it may hold its own lock for ever, and its Close would wait for
+// that: then the file is let go of without it, and its map, which is read only, stays.
+func abandonBolt(db *bbolt.DB, file *os.File) error {
+	const patience = time.Second
+	closed := make(chan error, 1)
+	go func() { closed <- closeBolt(db, file) }()
+	select {
+	case err := <-closed:
+		return err
+	case <-time.After(patience):
+		unlockFile(file)
+		return errors.Join(fmt.Errorf("%w: bbolt does not let go of it, and its memory stays mapped", ErrCorrupt), file.Close())
+	}
 }
 
 // closeBolt closes a database even where bbolt panics over it, and never leaves the lock behind.
