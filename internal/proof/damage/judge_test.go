@@ -537,9 +537,11 @@ func (in *inspection) keys() error {
 	return nil
 }
 
-// mayForget says whether a finished key may be unknown to a store that was opened without being checked as a whole: where
-// checksums are forged.
-func (in *inspection) mayForget() bool { return !in.strict && in.kind == sealedRecord }
+// mayForget says whether a finished key may be unknown to a store that was opened without being checked as a whole: where checksums
+// are forged, or several pages are of one older time, so that they may agree with each other.
+func (in *inspection) mayForget() bool {
+	return !in.strict && slices.Contains([]string{"stale pages", "stale bucket", "lost commit", sealedRecord}, in.kind)
+}
 
 // listing lists all keys, and counts them.
 func (in *inspection) listing() error {
