@@ -538,9 +538,9 @@ func (in *inspection) keys() error {
 }
 
 // mayForget says whether a finished key may be unknown to a store that was opened without being checked as a whole: where checksums
-// are forged, or several pages are of one older time, so that they may agree with each other.
+// are forged, or several pages, or the one that leads to all others, are of an older time, so that they may agree with each other.
 func (in *inspection) mayForget() bool {
-	return !in.strict && slices.Contains([]string{"stale pages", "stale bucket", "lost commit", sealedRecord}, in.kind)
+	return !in.strict && (in.mayRollBack() || slices.Contains([]string{"stale pages", "stale bucket", "lost commit", sealedRecord}, in.kind))
 }
 
 // listing lists all keys, and counts them.
