@@ -461,9 +461,10 @@ func (in *inspection) tolerate(doing string, err error) error {
 
 // mayRollBack says whether the file may hold an older generation, whole, without anybody being able to tell: its metas are an
 // older generation's, or bear lies under right checksums; or the page of the ledger is another, and with it all that goes by
-// the ledger: where all that a commit changed lies on that page, the page's older content is as sound as the newer.
+// the ledger: where all that a commit changed lies on that page, the page's older content is as sound as the newer. Where
+// not all of a file was checked, any page above the ledger's may be another, too.
 func (in *inspection) mayRollBack() bool {
-	if in.rolledBack(in.image) || in.kind == sealedMetas {
+	if !in.strict || in.rolledBack(in.image) || in.kind == sealedMetas {
 		return true
 	}
 	healthy := in.layout(in.last())
@@ -538,9 +539,9 @@ func (in *inspection) keys() error {
 }
 
 // mayForget says whether a finished key may be unknown to a store that was opened without being checked as a whole: where checksums
-// are forged, or several pages, or the one that leads to all others, are of an older time, so that they may agree with each other.
+// are forged, or several pages are of one older time, so that they may agree with each other.
 func (in *inspection) mayForget() bool {
-	return !in.strict && (in.mayRollBack() || slices.Contains([]string{"stale pages", "stale bucket", "lost commit", sealedRecord}, in.kind))
+	return !in.strict && slices.Contains([]string{"stale pages", "stale bucket", "lost commit", sealedRecord}, in.kind)
 }
 
 // listing lists all keys, and counts them.

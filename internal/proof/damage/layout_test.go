@@ -110,6 +110,9 @@ func ownerOf(names []string) string {
 }
 
 func (l *layout) tree(image []byte, id uint64, names []string, way []uint64) {
+	if slices.Contains(way, id) {
+		panic("a page leads to itself") // of a damaged image; who takes one apart recovers
+	}
 	way = append(slices.Clip(way), l.own(image, id, ownerOf(names))...)
 	start := int(id) * l.pageSize
 	run := image[start:]
