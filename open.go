@@ -115,8 +115,7 @@ func lockFile(f *os.File, timeout time.Duration) error {
 func openChecked(f *os.File, verifyLimit int64) (db *bbolt.DB, whole bool, err error) {
 	defer func() {
 		if err != nil {
-			unlockFile(f)
-			f.Close()
+			letGo(f)
 			err = fmt.Errorf("%w (%s)", err, f.Name())
 		}
 	}()
@@ -393,8 +392,7 @@ func abandonBolt(db *bbolt.DB, file *os.File) error {
 	case err := <-closed:
 		return err
 	case <-time.After(patience):
-		unlockFile(file)
-		return errors.Join(fmt.Errorf("%w: bbolt does not let go of it, and its memory stays mapped", ErrCorrupt), file.Close())
+		return errors.Join(fmt.Errorf("%w: bbolt does not let go of it, and its memory stays mapped", ErrCorrupt), letGo(file))
 	}
 }
 
@@ -403,9 +401,14 @@ func closeBolt(db *bbolt.DB, file *os.File) (err error) {
 	defer func() {
 		if v := recover(); v != nil {
 			err = fmt.Errorf("%w: closing it: %v", ErrCorrupt, v)
-			unlockFile(file)
-			file.Close()
+			letGo(file)
 		}
 	}()
 	return db.Close()
+}
+
+// letGo closes a file without its lock, which a map that bbolt has left behind would keep.
+func letGo(f *os.File) error {
+	unlockFile(f)
+	return f.Close()
 }

@@ -17,11 +17,11 @@ type outcome struct {
 	scenario  scenario
 	processes [][]place // where faults can strike, in each
 	found     []finding
-	leaves    map[string]string // the answer, what the program has written, and the outside world
-	deeds     map[string]int    // of the World
-	policies  []keystate.ErrorPolicy
-	happened  map[string]bool // effects, by the point they lead to
-	parked    error           // the key rests there, and may
+	leaves    map[string]string      // the answer, what the program has written, and the outside world
+	deeds     map[string]int         // of the World
+	policies  []keystate.ErrorPolicy // of the phases
+	happened  map[string]bool        // effects, by the point they lead to
+	parked    error                  // the key rests there, and may
 	refused   bool
 
 	deploys, pairs bool

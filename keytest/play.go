@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -21,7 +22,6 @@ type play[Tx, S any] struct {
 	scenario scenario
 	subject  Case[Tx, S]
 	world    *World
-	policies []keystate.ErrorPolicy // of the phases
 
 	mu      sync.Mutex
 	outcome *outcome
@@ -29,7 +29,7 @@ type play[Tx, S any] struct {
 	answer  map[string]string
 }
 
-// Remains is the state when a phase ends.
+// What remains of a phase is the state as it has left it.
 type remains struct {
 	by    place
 	state map[string]string
@@ -77,7 +77,6 @@ func (p *play[Tx, S]) perform() {
 		}
 		time.Sleep(p.absence(life))
 	}
-	p.outcome.policies = p.policies
 	p.outcome.deeds = p.world.counts()
 	for _, w := range p.world.wrongs {
 		p.find(w.what, w.cause)
@@ -257,13 +256,9 @@ func (p *process[Tx, S]) conclude(answer S, err error) {
 		return
 	}
 	if p.play.subject.Outside != nil {
-		for path, v := range under(outside, leaves(p.play.subject.Outside())) {
-			written[path] = v
-		}
+		maps.Copy(written, under(outside, leaves(p.play.subject.Outside())))
 	}
-	for path, v := range p.play.answer {
-		written[path] = v
-	}
+	maps.Copy(written, p.play.answer)
 	o.leaves = written
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -165,11 +166,12 @@ func (p *process[Tx, S]) over() bool {
 // wrap puts the process around the program's phases.
 func (p *process[Tx, S]) wrap(phases []keystate.Phase[Tx, S]) []keystate.Phase[Tx, S] {
 	phases = slices.Clone(phases)
-	p.play.policies = make([]keystate.ErrorPolicy, len(phases))
+	o := p.play.outcome
+	o.policies = make([]keystate.ErrorPolicy, len(phases))
 	for i := range phases {
 		ph := &phases[i]
-		p.play.policies[i] = ph.OnError
-		p.play.outcome.reconciles = p.play.outcome.reconciles || ph.Reconcile != nil
+		o.policies[i] = ph.OnError
+		o.reconciles = o.reconciles || ph.Reconcile != nil
 		if effect := ph.Effect; effect != nil {
 			at := place{atEffect, i, string(ph.To)}
 			ph.Effect = func(ctx context.Context, token string, s *S) error { return p.effect(ctx, token, s, at, effect) }
@@ -341,15 +343,11 @@ func (p *process[Tx, S]) written(tx Tx) (map[string]string, error) {
 		records = append(records, r)
 	}
 	for _, r := range records {
-		name := "the state of " + r.Key.String()
 		if s, err := p.machine.DecodeState(r); err == nil {
-			name = "the state"
-			for path, v := range under(name, leaves(s)) {
-				all[path] = v
-			}
-			continue
+			maps.Copy(all, under("the state", leaves(s)))
+		} else {
+			all["the state of "+r.Key.String()] = fmt.Sprintf("%q", r.State)
 		}
-		all[name] = fmt.Sprintf("%q", r.State)
 	}
 	return all, nil
 }
