@@ -94,14 +94,26 @@ func fingerprint(machine string, request []byte) (print [16]byte, err error) {
 	m := canonicalMemory.Get().(*memory)
 	defer canonicalMemory.Put(m)
 	w := walker{rest: request, spare: m.spare}
-	out := binary.LittleEndian.AppendUint32(m.out[:0], uint32(len(machine)))
-	out = w.canonical(append(out, machine...), 0)
-	m.out, m.spare = out, w.spare
+	m.out = w.canonical(appendMachine(m.out[:0], machine), 0)
+	m.spare = w.spare
 	if w.failed || len(w.rest) != 0 {
 		return print, errors.New("keystate: the request is not one msgpack value")
 	}
-	sum := sha256.Sum256(out)
-	return [16]byte(sum[:]), nil
+	return digest(m.out), nil
+}
+
+// ownFingerprint is the fingerprint of a request that says itself what tells it from another.
+func ownFingerprint(machine string, own []byte) [16]byte {
+	return digest(append(appendMachine(nil, machine), own...))
+}
+
+func appendMachine(out []byte, name string) []byte {
+	return append(binary.LittleEndian.AppendUint32(out, uint32(len(name))), name...)
+}
+
+func digest(b []byte) [16]byte {
+	sum := sha256.Sum256(b)
+	return [16]byte(sum[:])
 }
 
 // memory is what making a canonical form needs for a moment.

@@ -67,7 +67,7 @@ type Options struct {
 	// contexts, and nothing is claimed for them yet. Default: 1024.
 	MaxRuns int
 
-	// MaxState is the largest encoded state, in bytes. Default: 1 MiB.
+	// MaxState is the largest encoded state, in bytes: request, interim results and answer. Default: 4 MiB.
 	MaxState int
 
 	// MaxBytes is how much the bbolt file may hold while new keys are still accepted; unfinished ones may go beyond
@@ -109,7 +109,7 @@ func (o *Options) orDefault() Options {
 	d.Retention = orDefault(d.Retention, 72*time.Hour)
 	d.Parallelism = max(1, orDefault(d.Parallelism, 16))
 	d.MaxRuns = max(1, orDefault(d.MaxRuns, 1024))
-	d.MaxState = min(max(1, orDefault(d.MaxState, 1<<20)), math.MaxInt32/2)
+	d.MaxState = min(max(1, orDefault(d.MaxState, 4<<20)), math.MaxInt32/2)
 	d.Headroom = orDefault(d.Headroom, 64<<20)
 	d.LockTimeout = orDefault(d.LockTimeout, time.Second)
 	d.CloseTimeout = orDefault(d.CloseTimeout, 10*time.Second)

@@ -106,6 +106,12 @@ func Final(err error) error {
 	return &finalMark{err}
 }
 
+// IsFinal says whether an error is marked as definitive.
+func IsFinal(err error) bool {
+	var final *finalMark
+	return errors.As(err, &final)
+}
+
 type finalMark struct{ err error }
 
 func (f *finalMark) Error() string { return f.err.Error() }

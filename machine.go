@@ -15,7 +15,7 @@ type Machine[S any] struct {
 
 // core is a machine without its type parameters.
 type core interface {
-	start(ctx context.Context, key Key, print [16]byte, request []byte) (*run, error)
+	start(ctx context.Context, key Key, print [16]byte, request []byte) (r *run, joined bool, err error)
 	stage(tx any, key Key, print [16]byte, request []byte) error
 	path() []landmark
 	limit() int
@@ -117,7 +117,7 @@ func (m *Machine[S]) Do(ctx context.Context, key Key, request S) (S, error) {
 		var zero S
 		return zero, err
 	}
-	return (&Run[S]{r}).Wait(ctx)
+	return r.Wait(ctx)
 }
 
 // Start is Do without the waiting: it returns as soon as the key's claim is durable, so that the request will be carried
@@ -127,20 +127,28 @@ func (m *Machine[S]) Start(ctx context.Context, key Key, request S) (*Run[S], er
 	if err != nil {
 		return nil, err
 	}
-	select {
-	case <-r.claimed:
-		return &Run[S]{r}, nil
-	case <-r.done:
-		if r.record.Version == 0 { // it never was claimed
-			return nil, r.err
-		}
-		return &Run[S]{r}, nil
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
+	return r.claimed(ctx)
 }
 
-func (m *Machine[S]) begin(ctx context.Context, key Key, request S) (*run, error) {
+// Find is Start for a key that is there already: it returns the saved answer, joins the run that is under way, or carries on
+// what was interrupted. Where there is no such key it returns [ErrNotFound] and begins nothing. Of the request it uses only what
+// tells it from another one (see [Fingerprinter]).
+func (m *Machine[S]) Find(ctx context.Context, key Key, request S) (*Run[S], error) {
+	if err := key.validate(); err != nil {
+		return nil, err
+	}
+	_, print, err := m.encode(request)
+	if err != nil {
+		return nil, err
+	}
+	r, joined, err := m.core.start(ctx, key, print, nil)
+	if err != nil {
+		return nil, err
+	}
+	return (&Run[S]{r, joined}).claimed(ctx)
+}
+
+func (m *Machine[S]) begin(ctx context.Context, key Key, request S) (*Run[S], error) {
 	if err := key.validate(); err != nil {
 		return nil, err
 	}
@@ -148,12 +156,28 @@ func (m *Machine[S]) begin(ctx context.Context, key Key, request S) (*run, error
 	if err != nil {
 		return nil, err
 	}
-	return m.core.start(ctx, key, print, b)
+	r, joined, err := m.core.start(ctx, key, print, b)
+	if err != nil {
+		return nil, err
+	}
+	return &Run[S]{r, joined}, nil
+}
+
+// A Fingerprinter is a state that knows what tells its request from another one under the same key: the digest of what
+// Fingerprint returns is compared instead of that of the whole state, unless it returns nothing. It is called with the request
+// as it was given to Do, Start, Find or Stage.
+type Fingerprinter interface {
+	Fingerprint() []byte
 }
 
 func (m *Machine[S]) encode(request S) (b []byte, print [16]byte, err error) {
 	if b, err = encodeState(&request, m.core.limit()); err != nil {
 		return nil, print, err
+	}
+	if f, ok := any(&request).(Fingerprinter); ok {
+		if own := f.Fingerprint(); len(own) > 0 {
+			return b, ownFingerprint(m.name, own), nil
+		}
 	}
 	print, err = fingerprint(m.name, b)
 	return b, print, err
@@ -173,9 +197,24 @@ func Stage[Tx, S any](tx Tx, m *Machine[S], key Key, request S) error {
 	return m.core.stage(tx, key, print, b)
 }
 
-// A Run is one key's way to its end, as a caller of [Machine.Start] sees it.
+// A Run is one key's way to its end, as a caller of [Machine.Start] or [Machine.Find] sees it.
 type Run[S any] struct {
-	run *run
+	run    *run
+	joined bool
+}
+
+// claimed waits until the key is held for good.
+func (r *Run[S]) claimed(ctx context.Context) (*Run[S], error) {
+	select {
+	case <-r.run.claimed:
+	case <-r.run.done:
+		if r.run.record.Version == 0 { // it never was
+			return nil, r.run.err
+		}
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	return r, nil
 }
 
 // Done is closed when the run has ended: with an answer, or short of it.
@@ -183,6 +222,9 @@ func (r *Run[S]) Done() <-chan struct{} { return r.run.done }
 
 // Replayed says whether the answer had been saved before the run was started. It waits for nothing.
 func (r *Run[S]) Replayed() bool { return r.run.replayed }
+
+// Joined says whether the run was under way when it was asked for: for another caller, or by the engine itself.
+func (r *Run[S]) Joined() bool { return r.joined }
 
 // Wait returns what [Machine.Do] returns. Each call returns a copy of its own.
 func (r *Run[S]) Wait(ctx context.Context) (S, error) {

@@ -176,9 +176,8 @@ const (
 // judge decides what an error means, for a key with that many attempts begun in all, and inRun of them in this run.
 // It is where every policy of a phase comes together.
 func (p *phase[Tx]) judge(err error, byEffect bool, attempts, inRun int) (verdict, ParkReason) {
-	var final *finalMark
 	switch {
-	case errors.As(err, &final) || p.onError == Fail:
+	case IsFinal(err) || p.onError == Fail:
 		return refused, ""
 	case p.onError == Ignore:
 		return ignored, ""

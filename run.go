@@ -34,60 +34,62 @@ var closedChan = func() chan struct{} {
 	return c
 }()
 
-// start finds the answer of a key, joins its run, or begins one.
-func (m *machine[Tx]) start(ctx context.Context, key Key, print [16]byte, request []byte) (*run, error) {
+// start finds the answer of a key, joins its run, or begins one; without a request it begins none for a new key.
+func (m *machine[Tx]) start(ctx context.Context, key Key, print [16]byte, request []byte) (r *run, joined bool, err error) {
 	for {
-		r, err := m.tryStart(ctx, key, print, request)
+		r, joined, err = m.tryStart(ctx, key, print, request)
 		if !errors.Is(err, errContested) {
-			return r, err
+			return r, joined, err
 		}
 		select {
 		case <-r.claimed:
 		case <-r.done:
 		case <-ctx.Done():
-			return nil, ctx.Err()
+			return nil, false, ctx.Err()
 		}
 	}
 }
 
-func (m *machine[Tx]) tryStart(ctx context.Context, key Key, print [16]byte, request []byte) (*run, error) {
+func (m *machine[Tx]) tryStart(ctx context.Context, key Key, print [16]byte, request []byte) (r *run, joined bool, err error) {
 	e := m.engine
 	if ctx.Value(inCommit{}) != nil {
-		return nil, fmt.Errorf("%w: %s", ErrInCommit, key)
+		return nil, false, fmt.Errorf("%w: %s", ErrInCommit, key)
 	}
 	if err := ctx.Err(); err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	if r, err := e.join(m, key, print); r != nil || err != nil {
-		return r, err
+		return r, true, err
 	}
 	stored, err := e.load(ctx, key)
 	switch {
+	case errors.Is(err, ErrNotFound) && request == nil:
+		return nil, false, err
 	case errors.Is(err, ErrNotFound):
 		if err := e.admit(); err != nil {
-			return nil, err
+			return nil, false, err
 		}
 	case err != nil:
-		return nil, err
+		return nil, false, err
 	default:
 		// A run that is still under way has perhaps just written what was read, and does not know yet that it is on disk.
 		if r, err := e.join(m, key, print); r != nil || err != nil {
-			return r, err
+			return r, true, err
 		}
 		if r, err := m.settled(stored, print); r != nil || err != nil {
-			return r, err
+			return r, false, err
 		}
 	}
 	if err := e.takeSlot(ctx); err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	r, mine, err := e.enroll(m, key, print)
 	if err != nil || !mine {
 		e.freeSlot()
-		return r, err
+		return r, true, err
 	}
 	e.spawn(func() { m.travel(r, request) })
-	return r, nil
+	return r, false, nil
 }
 
 // settled answers for a key that needs no run: one used for another request, a finished one, a parked one.
@@ -125,6 +127,8 @@ type journey[Tx any] struct {
 	inRun  int          // attempts at the next phase in this run
 	pause  time.Duration
 	err    error // of the last attempt, for the caller
+
+	commitCtx context.Context
 }
 
 // travel carries a key as far as it goes. A request is nil when the engine takes up a key by itself.
@@ -346,7 +350,7 @@ func (j *journey[Tx]) outside(i int, fn func(ctx context.Context, token string, 
 		return nil, err
 	}
 	p := &j.phases[i]
-	ctx, cancel := j.engine.ctx, context.CancelFunc(func() {})
+	ctx, cancel := context.WithValue(j.engine.ctx, keyInHand{}, &j.shared.key), context.CancelFunc(func() {})
 	if p.timeout > 0 {
 		ctx, cancel = context.WithTimeout(ctx, p.timeout)
 	}
@@ -394,8 +398,7 @@ func (j *journey[Tx]) askingFailed(i int, state []byte, err error) error {
 }
 
 func (j *journey[Tx]) failed(i int, p *phase[Tx], state []byte, err error) error {
-	var final *finalMark
-	if j.engine.ctx.Err() != nil && !errors.As(err, &final) { // a shutdown is not a failure
+	if j.engine.ctx.Err() != nil && !IsFinal(err) { // a shutdown is not a failure
 		return j.rewrite(event{kind: release, at: now(), sent: true})
 	}
 	j.err = err
@@ -615,9 +618,29 @@ func (t *trip[Tx]) halted(i int, err error, s any) error {
 // commitPhase runs one phase's commit; while it does, at names the phase.
 func (t *trip[Tx]) commitPhase(i int, tx Tx, s any) error {
 	t.at = i
-	err := t.guarded(func() error { return t.phases[i].commit(t.engine.commitCtx, tx, s) })
+	err := t.guarded(func() error { return t.phases[i].commit(t.commitContext(), tx, s) })
 	t.at = -1
 	return err
+}
+
+// commitContext is what the key's commits get.
+func (j *journey[Tx]) commitContext() context.Context {
+	if j.commitCtx == nil {
+		j.commitCtx = context.WithValue(j.engine.commitCtx, keyInHand{}, &j.shared.key)
+	}
+	return j.commitCtx
+}
+
+// keyInHand leads a phase from its context to its key.
+type keyInHand struct{}
+
+// KeyOf returns the key for which a phase runs, given the context that its Effect, Commit or Reconcile got, and the zero Key
+// for any other context.
+func KeyOf(ctx context.Context) Key {
+	if key, ok := ctx.Value(keyInHand{}).(*Key); ok {
+		return *key
+	}
+	return Key{}
 }
 
 // arrivals are the events of a leg that ends before phase end: the points reached, and what happens there.
