@@ -1,0 +1,237 @@
+package keyhttp
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"slices"
+	"strings"
+
+	"example.com/keystate"
+)
+
+// An Endpoint is what lies between HTTP and a machine.
+type Endpoint[S any] struct {
+	Options
+
+	// Decode makes the machine's state of a request that has not been seen before. It checks the request: an error is the answer, a
+	// [*Problem] as it is and any other as 400, and since nothing has been claimed yet, it is not stored. The body can be read, and
+	// [KeyOf] tells the key. Decode may mint names and read clocks: retries are recognized by what was sent, not by the state.
+	Decode func(r *http.Request) (S, error)
+
+	// Encode writes the answer, once, in the transaction that finishes the key: what it writes is stored, and sent now and at every
+	// retry. Headers that are not kept (Options.KeepHeaders) are dropped. The error is nil, or what a phase failed with for good
+	// (errors.As sees through [keystate.Final]), with the state as that phase left it; or a [*keystate.FinalError] for a key that an
+	// operator has abandoned. Like a Commit, Encode may be called more than once: it uses nothing but its arguments.
+	Encode func(w http.ResponseWriter, s S, err error)
+}
+
+// A Handler is a machine behind an endpoint.
+type Handler[S any] struct {
+	intake  *intake
+	decode  func(*http.Request) (S, error)
+	answers *answers[S]
+	machine *keystate.Machine[Exchange[S]]
+}
+
+// Handle registers a machine and puts it behind an endpoint. Its phases are as for [keystate.Register]; one that writes the answer is
+// put behind them, in the same transaction as the last: what is stored is what was sent. All faults are returned at once, and like
+// Register, Handle fails when stored keys rest on recovery points that are gone.
+//
+// A request gets its answer when that is on disk. If the client goes away meanwhile, the work goes on and the answer is there for the retry.
+// Answers of 5xx by Handle itself mean that there is no answer yet; nothing of them is stored.
+func Handle[Tx, S any](e *keystate.Engine[Tx], machine string, phases []keystate.Phase[Tx, S], ep Endpoint[S]) (*Handler[S], error) {
+	in, err := newIntake(ep.Options)
+	if ep.Decode == nil || ep.Encode == nil {
+		err = errors.Join(err, errors.New("keyhttp: Endpoint.Decode and Encode must be given"))
+	}
+	if err != nil {
+		return nil, err
+	}
+	h := &Handler[S]{intake: in, decode: ep.Decode, answers: &answers[S]{&in.Options, ep.Encode}}
+	if h.machine, err = keystate.Register(e, machine, answering(phases, h.answers)); err != nil {
+		return nil, err
+	}
+	return h, nil
+}
+
+// Machine is the machine as it is registered: its state is an Exchange, and "work_done" is the point before its end.
+func (h *Handler[S]) Machine() *keystate.Machine[Exchange[S]] { return h.machine }
+
+// ServeHTTP answers a request: by its machine, or as it was answered before.
+func (h *Handler[S]) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if !h.intake.keyed(r) {
+		w.Header().Set("Allow", strings.Join(h.intake.Methods, ", "))
+		h.intake.turnDown(w, r, newProblem(MethodNotAllowed, "This endpoint takes %s.", strings.Join(h.intake.Methods, ", ")))
+		return
+	}
+	c, err := h.take(w, r)
+	if err != nil {
+		h.intake.turnDown(w, r, err)
+		return
+	}
+	run, err := h.start(c)
+	if err != nil {
+		h.fail(w, c, err)
+		return
+	}
+	h.answer(w, c, run)
+}
+
+// take reads a request; one without a key gets one, where that is allowed.
+func (h *Handler[S]) take(w http.ResponseWriter, r *http.Request) (*call, error) {
+	c, err := h.intake.take(w, r)
+	if !errors.Is(err, errNoKey) {
+		return c, err
+	}
+	scope, err := h.intake.scope(r)
+	if err != nil {
+		return nil, err
+	}
+	minted := keystate.NewID()
+	w.Header().Set(keyHeader, spell(minted))
+	return h.intake.withKey(w, r, keystate.Key{Scope: scope, ID: minted})
+}
+
+// start finds the key's run, or begins it. A request that is known is not decoded: what Decode would say of it now, its answer has been
+// decided.
+func (h *Handler[S]) start(c *call) (*keystate.Run[Exchange[S]], error) {
+	var none S
+	run, err := h.machine.Find(c.r.Context(), c.key, asExchange(c, none))
+	if !errors.Is(err, keystate.ErrNotFound) {
+		return run, err
+	}
+	if h.intake.tooOld(c.key.ID) {
+		return nil, h.intake.expired()
+	}
+	s, err := h.decode(c.r)
+	var given *Problem
+	switch {
+	case errors.As(err, &given):
+		return nil, err
+	case err != nil:
+		return nil, newProblem(RequestInvalid, "%v", err)
+	}
+	return h.machine.Start(c.r.Context(), c.key, asExchange(c, s))
+}
+
+// answer waits for a run, and sends what came of it.
+func (h *Handler[S]) answer(w http.ResponseWriter, c *call, run *keystate.Run[Exchange[S]]) {
+	var x Exchange[S]
+	var err error
+	own := !run.Replayed() && !run.Joined()
+	if own {
+		x, err = run.Wait(c.r.Context())
+	} else {
+		x, err = joined(h.intake, c.r.Context(), run)
+	}
+	var final *keystate.FinalError
+	switch {
+	case err != nil && !errors.As(err, &final):
+		h.fail(w, c, err)
+	case x.Response == nil, x.Response.Omitted && own: // nobody could write it, or it is too large to keep
+		h.answers.encode(x.State, err).send(w)
+	case own:
+		h.first(w, c, x.Response)
+	default:
+		h.intake.replay(w, c.r, x.Response)
+	}
+}
+
+// first sends the answer to the request that caused it.
+func (h *Handler[S]) first(w http.ResponseWriter, c *call, stored *Response) {
+	answer, problem := h.intake.open(stored)
+	if problem != nil {
+		h.intake.refuse(w, c.r, problem)
+		return
+	}
+	answer.send(w)
+}
+
+// fail tells why there is no answer. An error with which the first phase withdrew the request is the application's to tell.
+func (h *Handler[S]) fail(w http.ResponseWriter, c *call, err error) {
+	if errors.Is(err, keystate.ErrWithdrawn) {
+		var none S
+		h.answers.encode(none, err).send(w)
+		return
+	}
+	h.intake.turnDown(w, c.r, err)
+}
+
+// answers writes a machine's answers.
+type answers[S any] struct {
+	options *Options
+	write   func(http.ResponseWriter, S, error)
+}
+
+// encode is the whole answer, with the headers that may be kept, since others would be missing at the next retry.
+func (a *answers[S]) encode(s S, err error) *Response {
+	rec := newRecorder()
+	a.write(rec, s, err)
+	rec.finish()
+	for name := range rec.sent {
+		if _, found := slices.BinarySearch(a.options.KeepHeaders, name); !found {
+			delete(rec.sent, name)
+		}
+	}
+	return &Response{Status: rec.status, Header: rec.sent, Body: rec.body.Bytes()}
+}
+
+// record puts the answer into what is stored.
+func (a *answers[S]) record(x *Exchange[S], reason error) (err error) {
+	answer := a.encode(x.State, reason)
+	x.Response, err = a.options.keep(answer.Status, answer.Header, answer.Body)
+	return err
+}
+
+// refused sees to it that an error which ends the key has its answer. When there can be none, the phase is tried again.
+func (a *answers[S]) refused(x *Exchange[S], policy keystate.ErrorPolicy, err error) error {
+	if err == nil || !keystate.IsFinal(err) && policy != keystate.Fail {
+		return err
+	}
+	if fault := a.record(x, err); fault != nil {
+		return fault
+	}
+	return err
+}
+
+// workDone is the point that the last phase reaches, and behind which only the answer is to be written.
+const workDone keystate.RecoveryPoint = "work_done"
+
+// answering lifts phases from their own state to what is stored, and puts one behind them that writes the answer.
+func answering[Tx, S any](phases []keystate.Phase[Tx, S], a *answers[S]) []keystate.Phase[Tx, Exchange[S]] {
+	var lifted []keystate.Phase[Tx, Exchange[S]]
+	for i, p := range phases {
+		q := keystate.Phase[Tx, Exchange[S]]{
+			To: p.To, OnError: p.OnError, Retry: p.Retry, Timeout: p.Timeout, TokenLife: p.TokenLife, AtMostOnce: p.AtMostOnce, Formerly: p.Formerly,
+		}
+		if p.Effect != nil {
+			q.Effect = func(ctx context.Context, token string, x *Exchange[S]) error {
+				return a.refused(x, p.OnError, p.Effect(ctx, token, &x.State))
+			}
+		}
+		if p.Commit != nil {
+			q.Commit = func(ctx context.Context, tx Tx, x *Exchange[S]) error {
+				return a.refused(x, p.OnError, p.Commit(ctx, tx, &x.State))
+			}
+		}
+		if p.Reconcile != nil {
+			q.Reconcile = func(ctx context.Context, token string, x *Exchange[S]) (keystate.Outcome, error) {
+				outcome, err := p.Reconcile(ctx, token, &x.State)
+				return outcome, a.refused(x, keystate.Retry, err) // what became of the effect is open, whatever the policy
+			}
+		}
+		if i == len(phases)-1 && p.To == keystate.Finished && len(p.Formerly) == 0 {
+			q.To = workDone
+		}
+		lifted = append(lifted, q)
+	}
+	if len(lifted) == 0 || lifted[len(lifted)-1].To != workDone {
+		return lifted // Register says what is wrong with it
+	}
+	return append(lifted, keystate.Phase[Tx, Exchange[S]]{
+		To:     keystate.Finished,
+		Commit: func(_ context.Context, _ Tx, x *Exchange[S]) error { return a.record(x, nil) },
+		Retry:  keystate.RetryPolicy{InRun: -1}, // the same state gives the same fault, until a release mends it
+	})
+}

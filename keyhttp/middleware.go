@@ -1,0 +1,270 @@
+package keyhttp
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"runtime/debug"
+	"slices"
+	"sync"
+
+	"example.com/keystate"
+)
+
+// Middleware protects any handler: it stores the handler's answer under the request's key, and gives it to every retry. It registers
+// a machine of one phase, whose effect is the handler. A handler whose process ended in the middle has perhaps done a part of its work,
+// and nobody knows which: its key is forgotten, so that the client's retry runs the handler again from its beginning; or, with
+// [Options.AtMostOnce], parked. An answer is sent when it is on disk, unless the handler flushes or writes more than can be stored:
+// what has been sent then may still have to be done again. A panic of the handler's is passed on; its key is treated as after a crash.
+//
+// The handler gets a request whose body can be read as usual, whose context ends when the engine closes and not when the client goes
+// away, and which knows its [KeyOf] and its [Token].
+func Middleware[Tx any](e *keystate.Engine[Tx], machine string, o Options) (func(http.Handler) http.Handler, error) {
+	in, err := newIntake(o)
+	if err != nil {
+		return nil, err
+	}
+	g := &guard{intake: in, offers: map[identity][]*attempt{}}
+	g.machine, err = keystate.Register(e, machine, []keystate.Phase[Tx, recording]{{
+		To: keystate.Finished, Effect: g.run, AtMostOnce: in.AtMostOnce, Timeout: -1,
+	}})
+	if err != nil {
+		return nil, err
+	}
+	return func(next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { g.serve(w, r, next) })
+	}, nil
+}
+
+// A recording is an exchange about whose inside nothing is known.
+type recording = Exchange[struct{}]
+
+// A guard protects handlers.
+type guard struct {
+	intake  *intake
+	machine *keystate.Machine[recording]
+
+	mu     sync.Mutex
+	offers map[identity][]*attempt // requests that wait, each with a handler that may run now
+}
+
+// An identity is a request as its retries share it.
+type identity struct {
+	key    keystate.Key
+	digest string
+}
+
+func (c *call) identity() identity { return identity{c.key, string(c.digest)} }
+
+// An attempt is one request that waits for its handler to run, or whose handler is running.
+type attempt struct {
+	call     *call
+	next     http.Handler
+	tape     *tape
+	ended    chan struct{} // closed when the handler has ended; what follows is written before
+	answered bool
+	panicked any
+}
+
+func (g *guard) serve(w http.ResponseWriter, r *http.Request, next http.Handler) {
+	if !g.intake.keyed(r) {
+		next.ServeHTTP(w, r)
+		return
+	}
+	c, err := g.intake.take(w, r)
+	switch {
+	case errors.Is(err, errNoKey):
+		next.ServeHTTP(w, r)
+	case err != nil:
+		g.intake.turnDown(w, r, err)
+	default:
+		g.attend(w, c, next)
+	}
+}
+
+// attend offers a call's handler to whatever run there is for its key, and answers by what came of it.
+func (g *guard) attend(w http.ResponseWriter, c *call, next http.Handler) {
+	a := &attempt{call: c, next: next, tape: newTape(w, g.intake.MaxResponse), ended: make(chan struct{})}
+	g.offer(a)
+	run, err := g.start(c)
+	if err == nil && !run.Replayed() && !run.Joined() {
+		<-run.Done() // whether the client is there or not: the handler may be writing to w
+	}
+	taken := !g.withdraw(a)
+	if taken { // perhaps by a run that somebody else began
+		<-a.ended
+	}
+	if taken && err == nil {
+		_, err = run.Wait(context.WithoutCancel(c.r.Context()))
+	}
+	switch {
+	case taken:
+		g.conclude(w, a, err)
+	case err != nil:
+		g.intake.turnDown(w, c.r, err)
+	default:
+		g.share(w, c, run)
+	}
+}
+
+func (g *guard) start(c *call) (*keystate.Run[recording], error) {
+	x := asExchange(c, struct{}{})
+	if !g.intake.tooOld(c.key.ID) {
+		return g.machine.Start(c.r.Context(), c.key, x)
+	}
+	run, err := g.machine.Find(c.r.Context(), c.key, x)
+	if errors.Is(err, keystate.ErrNotFound) {
+		return nil, g.intake.expired()
+	}
+	return run, err
+}
+
+// offer lets a run of the attempt's key call its handler. Of several requests that are the same, one will be called.
+func (g *guard) offer(a *attempt) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	id := a.call.identity()
+	g.offers[id] = append(g.offers[id], a)
+}
+
+// withdraw takes an offer back, unless a run has taken it up.
+func (g *guard) withdraw(a *attempt) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	id := a.call.identity()
+	i := slices.Index(g.offers[id], a)
+	if i < 0 {
+		return false
+	}
+	g.keepOffers(id, slices.Delete(g.offers[id], i, i+1))
+	return true
+}
+
+// takeUp finds an attempt that is offered for a run, or nil.
+func (g *guard) takeUp(id identity) *attempt {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	offers := g.offers[id]
+	if len(offers) == 0 {
+		return nil
+	}
+	g.keepOffers(id, offers[1:])
+	return offers[0]
+}
+
+func (g *guard) keepOffers(id identity, offers []*attempt) {
+	if len(offers) == 0 {
+		delete(g.offers, id)
+		return
+	}
+	g.offers[id] = offers
+}
+
+var (
+	errNobody   = errors.New("keyhttp: the handler was cut off, and there is no request to run it with")
+	errPanicked = errors.New("keyhttp: the handler panicked")
+	errNotSaved = errors.New("keyhttp: the answer is not one to be saved")
+)
+
+// run is the effect of every key: the handler. Where nobody is there for whom it could run, after a crash, the key is forgotten:
+// the client's retry begins anew. A key that must not do that does not come here, but is parked.
+func (g *guard) run(ctx context.Context, token string, x *recording) error {
+	a := g.takeUp(identity{keystate.KeyOf(ctx), string(x.Request)})
+	if a == nil {
+		return keystate.Withdraw(errNobody)
+	}
+	if err := g.handle(ctx, token, a); err != nil {
+		return err
+	}
+	status, header, body, whole := a.tape.recorded()
+	if !g.intake.Save(status) {
+		return keystate.Withdraw(fmt.Errorf("%w: status %d", errNotSaved, status))
+	}
+	if x.Response = (&Response{Status: status, Omitted: true}); !whole {
+		return nil
+	}
+	kept, err := g.intake.keep(status, header, body)
+	if err != nil { // the handler has run: better no answer for the retry than a second run
+		g.intake.Logger.Error("keyhttp: an answer is not kept", "key", a.call.key, "error", err)
+		return nil
+	}
+	x.Response = kept
+	return nil
+}
+
+// handle calls the handler. A panic is kept for the goroutine on which the request came in.
+func (g *guard) handle(ctx context.Context, token string, a *attempt) (err error) {
+	defer close(a.ended)
+	defer func() {
+		v := recover()
+		if v == nil {
+			return
+		}
+		a.panicked = v
+		if v != http.ErrAbortHandler {
+			g.intake.Logger.Error("keyhttp: a handler panicked", "key", a.call.key, "panic", v, "stack", string(debug.Stack()))
+		}
+		if err = errPanicked; !g.intake.AtMostOnce {
+			err = keystate.Withdraw(err)
+		}
+	}()
+	a.next.ServeHTTP(a.tape.writer(), a.call.r.WithContext(handlerContext{ctx, a.call.r.Context(), token}))
+	a.tape.finish()
+	a.answered = true
+	return nil
+}
+
+// conclude ends a request whose handler has run. The error says how that went for the store.
+func (g *guard) conclude(w http.ResponseWriter, a *attempt, err error) {
+	switch {
+	case a.panicked != nil:
+		panic(a.panicked)
+	case err == nil, a.answered && errors.Is(err, keystate.ErrWithdrawn):
+		a.tape.send()
+	case a.tape.live():
+		panic(http.ErrAbortHandler) // the client must not take what it has for an answer
+	default:
+		g.intake.turnDown(w, a.call.r, err)
+	}
+}
+
+// share gives the answer of another request's run, or a saved one.
+func (g *guard) share(w http.ResponseWriter, c *call, run *keystate.Run[recording]) {
+	x, err := joined(g.intake, c.r.Context(), run)
+	switch final := (*keystate.FinalError)(nil); {
+	case errors.As(err, &final): // an operator ended it
+		g.intake.turnDown(w, c.r, newProblem(AnswerNotKept, "There is no answer, and the request will not be done again: %s.", final.Reason))
+	case err != nil:
+		g.intake.turnDown(w, c.r, err)
+	default:
+		g.intake.replay(w, c.r, x.Response)
+	}
+}
+
+// handlerContext is a handler's: it ends with the engine, and knows what the request's knew.
+type handlerContext struct {
+	context.Context
+	request context.Context
+	token   string
+}
+
+// tokenInHand leads a handler to its token.
+type tokenInHand struct{}
+
+func (c handlerContext) Value(key any) any {
+	if key == (tokenInHand{}) {
+		return c.token
+	}
+	if v := c.Context.Value(key); v != nil {
+		return v
+	}
+	return c.request.Value(key)
+}
+
+// Token returns what a handler behind Middleware passes on as the idempotency key of whatever it calls. It is the same as long as the key
+// is not forgotten: not after a crash without AtMostOnce, nor after an answer that was not saved.
+func Token(ctx context.Context) string {
+	token, _ := ctx.Value(tokenInHand{}).(string)
+	return token
+}
