@@ -674,15 +674,15 @@ func TestProblemsTellNothingOfTheInside(t *testing.T) {
 
 func TestAHandlerThatWasCutOffGoesOnByItself(t *testing.T) {
 	s := openShop(t, keyhttp.Options{})
+	inside := make(chan bool)
 	s.charge = func(ctx context.Context, _ *order) error {
+		close(inside)
 		<-ctx.Done()
 		return ctx.Err()
 	}
 	first := make(chan *http.Response)
 	go func() { first <- s.do(post("k1", tea)) }()
-	for s.charges.Load() == 0 {
-		time.Sleep(time.Millisecond)
-	}
+	<-inside
 	s.close()
 	wants(t, <-first, http.StatusServiceUnavailable, keyhttp.Interrupted)
 	s.charge = nil
