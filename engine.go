@@ -132,6 +132,7 @@ type Observer struct {
 	Parked    func(Event) // a key stands still: Err
 	Finished  func(Event) // a key has its answer; Err is what led to a refusal
 	Replayed  func(Event) // a saved answer was given again
+	Withdrawn func(Event) // a request was withdrawn, and its key is forgotten if it was stored: Err
 	Reaped    func(Event) // finished keys were deleted: Size
 	Grouped   func(Event) // a group commit: Size is how many shared it, Took how long it took
 }

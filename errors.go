@@ -3,6 +3,7 @@ package keystate
 import (
 	"errors"
 	"fmt"
+	"slices"
 )
 
 // Errors of a call: nothing was written.
@@ -33,6 +34,10 @@ var (
 var (
 	// ErrParked: the key stands still until an operator or a deploy acts; see [Engine.Retry] and [Engine.Abandon].
 	ErrParked = errors.New("keystate: key is parked")
+
+	// ErrWithdrawn: the request's first phase has withdrawn it, see [Withdraw]. Nothing of it is kept: a later use of the key is a new
+	// request. errors.Is and errors.As see through to the phase's own error.
+	ErrWithdrawn = errors.New("keystate: request was withdrawn")
 
 	// ErrFenced: another holder has written the key since; this one wrote nothing.
 	ErrFenced = errors.New("keystate: key was taken over")
@@ -107,15 +112,60 @@ func Final(err error) error {
 }
 
 // IsFinal says whether an error is marked as definitive.
-func IsFinal(err error) bool {
-	var final *finalMark
-	return errors.As(err, &final)
-}
+func IsFinal(err error) bool { return marked[*finalMark](err) }
 
 type finalMark struct{ err error }
 
 func (f *finalMark) Error() string { return f.err.Error() }
 func (f *finalMark) Unwrap() error { return f.err }
+
+// Withdraw marks an error of a machine's first phase as the word that nothing has come of the request, and that nothing is to be
+// kept of it: a rate limit, a request that may not be made yet, a server in trouble. The key is forgotten. Whoever waits for it gets
+// an error that is [ErrWithdrawn] and wraps this one; a later use of the key is a new request, with a new token and any content.
+//
+// An Effect, or a Commit after it, that returns it vouches for all attempts at the effect: what may have happened outside would
+// happen again. Withdraw wins over everything that the phase says about errors, and over [Final]. From any phase but the machine's first it is
+// an error like any other: by then something has come of the request. Withdraw(nil) is nil.
+func Withdraw(err error) error {
+	if err == nil {
+		return nil
+	}
+	return &withdrawMark{err}
+}
+
+type withdrawMark struct{ err error }
+
+func (w *withdrawMark) Error() string { return w.err.Error() }
+func (w *withdrawMark) Unwrap() error { return w.err }
+
+// marked says whether an error bears a mark of the type M for the phase that returned it. What a phase passes on from another
+// key's run bears none: it has been judged there.
+func marked[M error](err error) bool {
+	switch e := err.(type) {
+	case M:
+		return true
+	case *PhaseError, *withdrawal:
+		return false
+	case interface{ Unwrap() error }:
+		return marked[M](e.Unwrap())
+	case interface{ Unwrap() []error }:
+		return slices.ContainsFunc(e.Unwrap(), marked[M])
+	}
+	return false
+}
+
+// A withdrawal is what callers are told of a key that its first phase has withdrawn.
+type withdrawal struct {
+	key    Key
+	before RecoveryPoint
+	err    error
+}
+
+func (w *withdrawal) Error() string {
+	return fmt.Sprintf("keystate: %s withdrawn before %q: %s", w.key, w.before, cause(w.err))
+}
+
+func (w *withdrawal) Unwrap() []error { return []error{w.err, ErrWithdrawn} }
 
 // A FinalError is a definitive failure: the answer to a request, saved like any other. It looks the same at the
 // first answer and at every replay, so it carries the reason as text and not the error that the phase returned.

@@ -42,6 +42,7 @@ func Register[Tx, S any](e *Engine[Tx], name string, phases []Phase[Tx, S]) (*Ma
 	}
 	for i, p := range phases {
 		m.phases = append(m.phases, erase(p))
+		m.phases[i].first = i == 0
 		for _, point := range append([]RecoveryPoint{p.To}, p.Formerly...) {
 			m.position[point] = i + 1
 		}
@@ -109,8 +110,8 @@ func (m *Machine[S]) Name() string { return m.name }
 // while it is being made. A key that an earlier failure interrupted goes on from its last recovery point.
 //
 // The error is nil; or a [*FinalError], which is an answer like any other; or a [*PhaseError] when the key stopped short
-// of its end and the engine will go on with it (or, parked, an operator); or one of the package's sentinels. When ctx ends, Do
-// returns its error, and the run goes on without the caller: to learn what became of it, ask again with the same key.
+// of its end and the engine will go on with it (or, parked, an operator); or [ErrWithdrawn], with which the key is forgotten; or
+// another of the package's sentinels. When ctx ends, Do returns its error, and the run goes on without the caller: to learn what became of it, ask again with the same key.
 func (m *Machine[S]) Do(ctx context.Context, key Key, request S) (S, error) {
 	r, err := m.begin(ctx, key, request)
 	if err != nil {
@@ -121,7 +122,7 @@ func (m *Machine[S]) Do(ctx context.Context, key Key, request S) (S, error) {
 }
 
 // Start is Do without the waiting: it returns as soon as the key's claim is durable, so that the request will be carried
-// to its end whatever happens to this process.
+// to its end whatever happens to this process. A request that is withdrawn before is an error of Start, afterwards one of [Run.Wait].
 func (m *Machine[S]) Start(ctx context.Context, key Key, request S) (*Run[S], error) {
 	r, err := m.begin(ctx, key, request)
 	if err != nil {
@@ -208,7 +209,7 @@ func (r *Run[S]) claimed(ctx context.Context) (*Run[S], error) {
 	select {
 	case <-r.run.claimed:
 	case <-r.run.done:
-		if r.run.record.Version == 0 { // it never was
+		if r.run.record.Version == 0 && !r.run.announced() { // it never was
 			return nil, r.run.err
 		}
 	case <-ctx.Done():

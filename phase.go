@@ -27,7 +27,7 @@ type Phase[Tx, S any] struct {
 	Commit func(ctx context.Context, tx Tx, s *S) error
 
 	// OnError says what an error of Effect or Commit means. An error marked with [Final] is final whatever
-	// stands here. Default: Retry.
+	// stands here; one that the machine's first phase marks with [Withdraw] withdraws the request. Default: Retry.
 	OnError ErrorPolicy
 
 	// Retry says how often and how fast a failed phase is tried again.
@@ -58,7 +58,7 @@ type Phase[Tx, S any] struct {
 	Formerly []RecoveryPoint
 }
 
-// An ErrorPolicy says what an error means that is not marked with [Final].
+// An ErrorPolicy says what an error means that is marked neither with [Final] nor, in a machine's first phase, with [Withdraw].
 type ErrorPolicy int
 
 const (
@@ -94,6 +94,7 @@ const (
 // phase is a Phase without its state type, with its defaults filled in.
 type phase[Tx any] struct {
 	to         RecoveryPoint
+	first      bool // of its machine: nothing can have come of a request before it
 	formerly   []RecoveryPoint
 	effect     func(ctx context.Context, token string, s any) error
 	commit     func(ctx context.Context, tx Tx, s any) error
@@ -166,17 +167,20 @@ func (p RetryPolicy) usedUp(attempts int) bool {
 type verdict int
 
 const (
-	again   verdict = iota // try again in this run
-	later                  // let the key wait, and the engine try again
-	ignored                // go on without the phase
-	refused                // finish with the error as the answer
-	stalled                // park
+	again     verdict = iota // try again in this run
+	later                    // let the key wait, and the engine try again
+	ignored                  // go on without the phase
+	refused                  // finish with the error as the answer
+	stalled                  // park
+	withdrawn                // forget the key
 )
 
 // judge decides what an error means, for a key with that many attempts begun in all, and inRun of them in this run.
 // It is where every policy of a phase comes together.
 func (p *phase[Tx]) judge(err error, byEffect bool, attempts, inRun int) (verdict, ParkReason) {
 	switch {
+	case p.withdraws(err):
+		return withdrawn, ""
 	case IsFinal(err) || p.onError == Fail:
 		return refused, ""
 	case p.onError == Ignore:
@@ -190,6 +194,12 @@ func (p *phase[Tx]) judge(err error, byEffect bool, attempts, inRun int) (verdic
 	}
 	return later, ""
 }
+
+// withdraws says whether an error of the phase withdraws the request.
+func (p *phase[Tx]) withdraws(err error) bool { return p.first && marked[*withdrawMark](err) }
+
+// decides says whether an error of the phase decides what becomes of the key, rather than being an obstacle.
+func (p *phase[Tx]) decides(err error) bool { return IsFinal(err) || p.withdraws(err) }
 
 // A plan is how an effect is to be taken up.
 type plan int

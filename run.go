@@ -21,7 +21,7 @@ type run struct {
 	done     chan struct{} // closed when the run has ended; then record and err stay as they are
 	record   Record        // as last committed
 	err      error         // why the run ended short of an answer
-	broken   error         // what broke it off, if it was not a phase
+	broken   error         // what broke it off, if it came to no rest: the store, the engine's end, or a phase that withdrew the request
 }
 
 func newRun(key Key, machine string, print [16]byte) *run {
@@ -34,11 +34,23 @@ var closedChan = func() chan struct{} {
 	return c
 }()
 
+// missed says whether the run has found that there is no key any more.
+func (r *run) missed() bool {
+	select {
+	case <-r.done:
+		return errors.Is(r.broken, ErrNotFound)
+	default:
+		return false
+	}
+}
+
 // start finds the answer of a key, joins its run, or begins one; without a request it begins none for a new key.
 func (m *machine[Tx]) start(ctx context.Context, key Key, print [16]byte, request []byte) (r *run, joined bool, err error) {
 	for {
 		r, joined, err = m.tryStart(ctx, key, print, request)
-		if !errors.Is(err, errContested) {
+		contested := errors.Is(err, errContested)
+		mayMiss := err == nil && joined && request != nil // its run may have been begun without a request, for a key that is gone
+		if !contested && !mayMiss {
 			return r, joined, err
 		}
 		select {
@@ -46,6 +58,9 @@ func (m *machine[Tx]) start(ctx context.Context, key Key, print [16]byte, reques
 		case <-r.done:
 		case <-ctx.Done():
 			return nil, false, ctx.Err()
+		}
+		if mayMiss && !r.missed() {
+			return r, joined, nil
 		}
 	}
 }
@@ -174,10 +189,18 @@ func (j *journey[Tx]) end(err error) {
 }
 
 func (r *run) announce() {
+	if !r.announced() {
+		close(r.claimed)
+	}
+}
+
+// announced says whether the claim has been made known as durable.
+func (r *run) announced() bool {
 	select {
 	case <-r.claimed:
+		return true
 	default:
-		close(r.claimed)
+		return false
 	}
 }
 
@@ -398,13 +421,16 @@ func (j *journey[Tx]) askingFailed(i int, state []byte, err error) error {
 }
 
 func (j *journey[Tx]) failed(i int, p *phase[Tx], state []byte, err error) error {
-	if j.engine.ctx.Err() != nil && !IsFinal(err) { // a shutdown is not a failure
+	if j.engine.ctx.Err() != nil && !p.decides(err) { // a shutdown is not a failure
 		return j.rewrite(event{kind: release, at: now(), sent: true})
 	}
 	j.err = err
 	v, reason := j.engine.rules.judge(p, err, true, j.record.Attempts, j.inRun)
-	if v == ignored {
+	switch v {
+	case ignored:
 		return j.commit(leg{from: i, state: j.record.State, stop: len(j.phases), ignored: map[int]string{i: err.Error()}})
+	case withdrawn:
+		return j.withdraw(err)
 	}
 	return j.rewrite(j.consequence(p, v, reason, err, j.record.Attempts, j.inRun, state)...)
 }
@@ -446,6 +472,38 @@ func (j *journey[Tx]) rewrite(events ...event) error {
 	return nil
 }
 
+// withdraw forgets the key, and returns what its callers are told. Of one that was never stored there is nothing to forget.
+func (j *journey[Tx]) withdraw(why error) error {
+	before, attempts := j.phases[0].to, max(1, j.record.Attempts)
+	if j.record.Version > 0 {
+		err := j.engine.store.Update(context.Background(), func(tx Tx) error {
+			return j.strikeOff(j.engine.store.Keys(tx), event{kind: refuse, at: now(), point: before, err: why.Error()})
+		})
+		if err != nil {
+			return err
+		}
+	}
+	j.record = Record{}
+	told := Event{Key: j.shared.key, Machine: j.name, Point: Started, Attempt: attempts, Err: why}
+	j.engine.observe(j.engine.observer.Withdrawn, told)
+	return &withdrawal{key: j.shared.key, before: before, err: why}
+}
+
+// strikeOff deletes the key's record by way of its end: a store deletes finished records only.
+func (j *journey[Tx]) strikeOff(keys Keys, end event) error {
+	r, err := j.engine.rules.next(j.record, end)
+	if err != nil {
+		return err
+	}
+	if err := keys.Put(&r); err != nil {
+		return err
+	}
+	if _, err := j.engine.rules.next(r, event{kind: reap}); err != nil {
+		return err
+	}
+	return keys.Delete(r)
+}
+
 // turn takes over what was committed without a point being reached.
 func (j *journey[Tx]) turn(r Record) {
 	j.record, j.sent, j.resend = r, r.FirstTried, false
@@ -485,6 +543,7 @@ type leg struct {
 	stop    int            // the phase not to enter
 	closing []event        // what happens there
 	ignored map[int]string // errors of phases that are passed over
+	retreat error          // why the key is withdrawn instead
 	effect  time.Duration
 }
 
@@ -502,6 +561,9 @@ func (f *phaseFailure) Unwrap() error { return f.err }
 // with what the failure means.
 func (j *journey[Tx]) commit(l leg) error {
 	for {
+		if l.retreat != nil {
+			return j.withdraw(l.retreat)
+		}
 		t := trip[Tx]{journey: j, leg: l, at: -1}
 		began := time.Now()
 		j.onExit = func() error { return j.commit(j.amend(l, t.failure(errGoexit))) }
@@ -683,7 +745,11 @@ func (j *journey[Tx]) amend(l leg, f *phaseFailure) leg {
 		attempts, inRun, counted = max(1, j.record.Attempts), j.inRun, j.record.Attempts > 0
 	}
 	v, reason := j.engine.rules.judge(p, f.err, false, attempts, inRun)
-	if v == ignored {
+	switch v {
+	case withdrawn:
+		l.retreat = f.err
+		return l
+	case ignored:
 		if f.phase == l.from && l.acted { // nothing of the phase is kept
 			l.state, l.acted = j.record.State, false
 		}

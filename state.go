@@ -326,7 +326,7 @@ var transitions = []transition{
 			return nil
 		}},
 	{reap, []Status{Answered}, []Status{absent},
-		"The retention has passed. A later use of the key is a new request.",
+		"The retention has passed, or the request is withdrawn. A later use of the key is a new request.",
 		func(r *Record, e event) error {
 			*r = Record{}
 			return nil
