@@ -343,8 +343,9 @@ func TestTheLastAnswerComesBackUntouchedWithItsBodyOpen(t *testing.T) {
 				t.Errorf("attempt %d: closed %d times, %d bytes not drained", i+1, b.closed.Load(), len(rest))
 			}
 		}
-		if text, err := io.ReadAll(resp.Body); err != nil || string(text) != "the store is closed" || bodies[2].closed.Load() != 0 {
-			t.Errorf("%q, %v, closed %d times", text, err, bodies[2].closed.Load())
+		closed := bodies[2].closed.Load()
+		if text, err := io.ReadAll(resp.Body); err != nil || string(text) != "the store is closed" || closed != 0 {
+			t.Errorf("%q, %v, closed %d times", text, err, closed)
 		}
 		if key := resp.Request.Header.Get("Idempotency-Key"); key == "" || key != w.keys()[0] {
 			t.Errorf("the response's request has key %q", key)
@@ -426,13 +427,16 @@ func TestRetryAfterIsWaitedFor(t *testing.T) {
 		{"date as RFC 850 wrote it", func() string {
 			return time.Now().Add(9 * time.Second).UTC().Format("Monday, 02-Jan-06 15:04:05 GMT")
 		}, nil, 9 * time.Second},
-		{"date as asctime writes it", func() string { return time.Now().Add(9 * time.Second).UTC().Format(time.ANSIC) }, nil, 9 * time.Second},
+		{"date as asctime writes it", func() string {
+			return time.Now().Add(9 * time.Second).UTC().Format(time.ANSIC)
+		}, nil, 9 * time.Second},
 		{"date in the past", func() string { return ahead(-time.Hour) }, nil, none},
 		{"date by a server whose clock is ahead", func() string { return ahead(time.Hour + 5*time.Second) },
 			func() string { return ahead(time.Hour) }, 5 * time.Second},
 		{"date by a server whose clock is behind", func() string { return ahead(5*time.Second - time.Hour) },
 			func() string { return ahead(-time.Hour) }, 5 * time.Second},
-		{"date with a Date that is none", func() string { return ahead(5 * time.Second) }, func() string { return "today" }, 5 * time.Second},
+		{"date with a Date that is none", func() string { return ahead(5 * time.Second) },
+			func() string { return "today" }, 5 * time.Second},
 		{"negative", func() string { return "-7" }, nil, none},
 		{"signed", func() string { return "+7" }, nil, none},
 		{"fraction", func() string { return "7.5" }, nil, none},
@@ -499,7 +503,8 @@ func TestARetryAfterBeyondPatienceIsReturnedAtOnce(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			start := time.Now()
 			w := wired(answer(503, "Retry-After: "+c.value))
-			resp, err := (&keyhttp.Transport{Base: w, Attempts: 2, Patience: c.patience}).RoundTrip(post(t, "http://bank.test/", nil))
+			tr := &keyhttp.Transport{Base: w, Attempts: 2, Patience: c.patience}
+			resp, err := tr.RoundTrip(post(t, "http://bank.test/", nil))
 			if err != nil || resp.StatusCode != 503 {
 				t.Fatal(resp, err)
 			}
@@ -517,7 +522,10 @@ func TestThePauseEndsAtOnceWithTheContext(t *testing.T) {
 	for name, c := range map[string]struct {
 		first func(*http.Request) (*http.Response, error)
 		says  string
-	}{"after an error": {lost, errLost.Error()}, "after an answer": {answer(503, "Retry-After: 30"), "503 Service Unavailable"}} {
+	}{
+		"after an error":  {lost, errLost.Error()},
+		"after an answer": {answer(503, "Retry-After: 30"), "503 Service Unavailable"},
+	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				ctx, cancel := context.WithCancel(t.Context())
@@ -599,6 +607,24 @@ func TestAnErrorIsFinalOnceTheContextHasEnded(t *testing.T) {
 	})
 }
 
+func TestAnAnswerThatComesAsTheContextEndsIsReturned(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	body := &watchedBody{Reader: strings.NewReader("the store is closed")}
+	w := wired(func(r *http.Request) (*http.Response, error) {
+		cancel()
+		resp, _ := answer(503)(r)
+		resp.Body = body
+		return resp, nil
+	})
+	tr := &keyhttp.Transport{Base: w, Retrying: func(*http.Request, *http.Response, error, time.Duration) {
+		t.Error("a pause was announced")
+	}}
+	resp, err := tr.RoundTrip(post(t, "http://bank.test/", nil).WithContext(ctx))
+	if err != nil || resp.StatusCode != 503 || body.closed.Load() != 0 || len(w.sent) != 1 {
+		t.Errorf("%v, %v, body closed %d times, sent %d times", resp, err, body.closed.Load(), len(w.sent))
+	}
+}
+
 func TestAClientsTimeoutIsForAllAttemptsTogether(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := wired(lost)
@@ -666,6 +692,35 @@ func TestABodyOverMaxBodyIsStreamedWithAKeyAndNotRetriedAfterAnError(t *testing.
 		t.Errorf("%v, keys %q, closed %d times", err, w.keys(), body.closed.Load())
 	}
 }
+
+func TestABodyDeclaredOverMaxBodyOrWithNoneHeldIsNotReadAhead(t *testing.T) {
+	for _, c := range []struct{ maxBody, length int64 }{{4, 10}, {-1, 0}} {
+		sending := false
+		w := wired(answer(200))
+		base := roundTripper(func(r *http.Request) (*http.Response, error) {
+			sending = true
+			return w.RoundTrip(r)
+		})
+		text := strings.NewReader("0123456789")
+		r := post(t, "http://bank.test/", io.NopCloser(readerFunc(func(p []byte) (int, error) {
+			if !sending {
+				t.Errorf("MaxBody %d, length %d: read before it is sent", c.maxBody, c.length)
+			}
+			return text.Read(p)
+		})))
+		r.ContentLength = c.length
+		if _, err := (&keyhttp.Transport{Base: base, MaxBody: c.maxBody}).RoundTrip(r); err != nil {
+			t.Fatal(err)
+		}
+		if !slices.Equal(w.bodies, []string{"0123456789"}) {
+			t.Errorf("sent %q", w.bodies)
+		}
+	}
+}
+
+type roundTripper func(*http.Request) (*http.Response, error)
+
+func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
 func TestGetBodyIsUsedWhateverTheSize(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -1024,7 +1079,8 @@ func TestManyClientsAtOnceOverConnectionsThatBreakAreEachServedOnce(t *testing.T
 	b, server := openBank(t, "HTTP/1.1", func(n int) cutting {
 		return []cutting{intact, beforeWork, afterWork}[n%3]
 	})
-	tr := &keyhttp.Transport{Base: server.Client().Transport, Attempts: 50, Initial: time.Millisecond, Max: 5 * time.Millisecond}
+	const short = time.Millisecond
+	tr := &keyhttp.Transport{Base: server.Client().Transport, Attempts: 50, Initial: short, Max: 5 * short}
 	client := &http.Client{Transport: tr}
 	const clients, requests = 8, 25
 	var answers sync.Map
