@@ -6,8 +6,6 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"errors"
-	"hash"
-	"io"
 	"mime"
 	"net/http"
 	"net/url"
@@ -19,52 +17,43 @@ import (
 // digest is what tells a request from another one under the same key: method, path, query, the headers to compare, and the body. It
 // is stored, so what goes into it, and in which order, stays as it is.
 func (o *Options) digest(r *http.Request, body []byte) []byte {
-	d := digester{sha256.New()}
-	d.text("keyhttp request 1")
-	d.text(r.Method)
-	d.text(r.URL.EscapedPath())
-	d.text(withoutParameter(r.URL.RawQuery, o.QueryParameter))
+	d := make(fields, 0, 512)
+	d.add("keyhttp request 1")
+	d.add(r.Method)
+	d.add(r.URL.EscapedPath())
+	d.add(withoutParameter(r.URL.RawQuery, o.QueryParameter))
 	d.count(len(o.CompareHeaders))
 	for _, name := range o.CompareHeaders {
 		values := r.Header.Values(name)
-		d.text(name)
+		d.add(name)
 		d.count(len(values))
 		for _, v := range values {
-			d.text(v)
+			d.add(v)
 		}
 	}
+	form := "bytes"
 	if o.CanonicalJSON && isJSON(r.Header.Get("Content-Type")) {
 		if canonical, err := canonicalJSON(body); err == nil {
-			d.text("json")
-			d.bytes(canonical)
-			return d.sum()
+			form, body = "json", canonical
 		}
 	}
-	d.text("bytes")
-	d.bytes(body)
-	return d.sum()
+	d.add(form)
+	d.count(len(body))
+	h := sha256.New()
+	h.Write(d)
+	h.Write(body)
+	return h.Sum(nil)
 }
 
-// A digester takes fields in such a way that no two lists of fields look alike.
-type digester struct{ hash.Hash }
+// fields are texts, each with its length before it, so that no two lists of them look alike.
+type fields []byte
 
-func (d digester) count(n int) {
-	var b [8]byte
-	binary.BigEndian.PutUint64(b[:], uint64(n))
-	d.Write(b[:])
+func (f *fields) count(n int) { *f = binary.BigEndian.AppendUint64(*f, uint64(n)) }
+
+func (f *fields) add(s string) {
+	f.count(len(s))
+	*f = append(*f, s...)
 }
-
-func (d digester) text(s string) {
-	d.count(len(s))
-	io.WriteString(d, s)
-}
-
-func (d digester) bytes(b []byte) {
-	d.count(len(b))
-	d.Write(b)
-}
-
-func (d digester) sum() []byte { return d.Sum(nil) }
 
 // withoutParameter is a query without the parameter that carries the key; the rest stays byte for byte.
 func withoutParameter(query, name string) string {

@@ -64,12 +64,16 @@ func newShop(t *testing.T, o keyhttp.Options) *shop {
 	}
 	o.Logger = slog.New(slog.DiscardHandler)
 	s.endpoint = keyhttp.Endpoint[order]{Options: o, Decode: s.decode, Encode: encode}
-	s.phases = []keystate.Phase[*bbolt.Tx, order]{
+	s.phases = s.newPhases()
+	return s
+}
+
+func (s *shop) newPhases() []keystate.Phase[*bbolt.Tx, order] {
+	return []keystate.Phase[*bbolt.Tx, order]{
 		{To: "stock_taken", Commit: takeStock},
 		{To: "charged", Effect: s.chargeOnce, Retry: keystate.RetryPolicy{Attempts: 3, InRun: -1, Initial: time.Hour, Max: time.Hour}},
 		{To: keystate.Finished, Commit: writeOrder},
 	}
-	return s
 }
 
 func openShop(t *testing.T, o keyhttp.Options) *shop {

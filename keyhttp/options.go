@@ -78,7 +78,7 @@ type Options struct {
 	AtMostOnce bool
 
 	// Save, of Middleware only, says which answers are stored. One that is not is given once, and its key is forgotten. Default:
-	// all but rejections (400, 401, 403, 404, 405, 408, 409, 413, 415, 422, 425, 429) and, without AtMostOnce, 5xx.
+	// all but rejections (307, 308, 400, 401, 403, 404, 405, 408, 409, 413, 415, 422, 425, 429) and, without AtMostOnce, 5xx.
 	Save func(status int) bool
 }
 
@@ -98,8 +98,8 @@ var secret = []string{
 	"Set-Cookie", "Set-Cookie2", "Www-Authenticate",
 }
 
-// rejections are the statuses with which handlers turn requests away before they have done anything.
-var rejections = []int{400, 401, 403, 404, 405, 408, 409, 413, 415, 422, 425, 429}
+// rejections are the statuses with which handlers turn requests away, or send them elsewhere, before they have done anything.
+var rejections = []int{307, 308, 400, 401, 403, 404, 405, 408, 409, 413, 415, 422, 425, 429}
 
 // orDefault fills in the defaults, and finds all faults at once.
 func (o Options) orDefault() (Options, error) {

@@ -97,7 +97,7 @@ func (b *watchedBody) Close() error {
 	return nil
 }
 
-func post(t testing.TB, target string, body io.Reader) *http.Request {
+func postTo(t testing.TB, target string, body io.Reader) *http.Request {
 	t.Helper()
 	r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, target, body)
 	if err != nil {
@@ -121,7 +121,7 @@ func TestEveryUnsafeRequestCarriesAUUIDv7OfItsOwn(t *testing.T) {
 		w := wired(answer(200))
 		tr := &keyhttp.Transport{Base: w, Bare: c.bare}
 		for _, method := range []string{"POST", "PATCH"} {
-			r := post(t, "http://bank.test/", nil)
+			r := postTo(t, "http://bank.test/", nil)
 			r.Method = method
 			if _, err := tr.RoundTrip(r); err != nil {
 				t.Fatal(err)
@@ -146,7 +146,7 @@ func TestEveryUnsafeRequestCarriesAUUIDv7OfItsOwn(t *testing.T) {
 func TestOtherMethodsGoToBaseUntouchedAndOnce(t *testing.T) {
 	for _, method := range []string{"", "GET", "HEAD", "OPTIONS", "PUT", "DELETE", "post"} {
 		w := wired(answer(503, "Retry-After: 1", "Should-Retry: true"))
-		r := post(t, "http://bank.test/", strings.NewReader("x"))
+		r := postTo(t, "http://bank.test/", strings.NewReader("x"))
 		r.Method = method
 		resp, err := (&keyhttp.Transport{Base: w}).RoundTrip(r)
 		if err != nil || resp.StatusCode != 503 {
@@ -162,7 +162,7 @@ func TestMethodsDecidesWhichRequestsAreKeyed(t *testing.T) {
 	w := wired(answer(200))
 	tr := &keyhttp.Transport{Base: w, Methods: []string{"DELETE", "GET"}}
 	for _, method := range []string{"DELETE", "", "POST"} {
-		r := post(t, "http://bank.test/", nil)
+		r := postTo(t, "http://bank.test/", nil)
 		r.Method = method
 		if _, err := tr.RoundTrip(r); err != nil {
 			t.Fatal(err)
@@ -176,7 +176,7 @@ func TestMethodsDecidesWhichRequestsAreKeyed(t *testing.T) {
 func TestAllAttemptsCarryOneKeyAndOneBody(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := wired(lost, answer(503), answer(409, "Retry-After: 1"), answer(201))
-		resp, err := (&keyhttp.Transport{Base: w}).RoundTrip(post(t, "http://bank.test/", strings.NewReader("pay 10")))
+		resp, err := (&keyhttp.Transport{Base: w}).RoundTrip(postTo(t, "http://bank.test/", strings.NewReader("pay 10")))
 		if err != nil || resp.StatusCode != 201 {
 			t.Fatal(resp, err)
 		}
@@ -194,7 +194,7 @@ func TestTheCallersOwnKeyIsKeptAndRetriedLikewise(t *testing.T) {
 	for _, name := range []string{"Idempotency-Key", "idempotency-key", "IDEMPOTENCY-KEY"} {
 		synctest.Test(t, func(t *testing.T) {
 			w := wired(lost, answer(503), answer(200))
-			r := post(t, "http://bank.test/", strings.NewReader("x"))
+			r := postTo(t, "http://bank.test/", strings.NewReader("x"))
 			r.Header[name] = []string{"order-17"}
 			if _, err := (&keyhttp.Transport{Base: w}).RoundTrip(r); err != nil {
 				t.Fatal(err)
@@ -214,7 +214,7 @@ func TestTheCallersOwnKeyIsKeptAndRetriedLikewise(t *testing.T) {
 func TestAZeroLengthKeyMeansIdempotentWithoutAKey(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := wired(lost, answer(200))
-		r := post(t, "http://bank.test/", nil)
+		r := postTo(t, "http://bank.test/", nil)
 		r.Header["Idempotency-Key"] = nil
 		if _, err := (&keyhttp.Transport{Base: w}).RoundTrip(r); err != nil {
 			t.Fatal(err)
@@ -236,7 +236,7 @@ func TestTheCallersRequestIsNeverModified(t *testing.T) {
 				return lost(r)
 			}
 			w := wired(meddle, meddle, answer(200))
-			r := post(t, "http://bank.test/pay", &watchedBody{Reader: strings.NewReader("x")})
+			r := postTo(t, "http://bank.test/pay", &watchedBody{Reader: strings.NewReader("x")})
 			r.Header = header.Clone()
 			before := *r
 			if _, err := (&keyhttp.Transport{Base: w}).RoundTrip(r); err != nil {
@@ -259,7 +259,7 @@ func TestTheTransportIsNeverModified(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := wired(lost, answer(200))
 		tr := &keyhttp.Transport{Base: w}
-		if _, err := tr.RoundTrip(post(t, "http://bank.test/", strings.NewReader("x"))); err != nil {
+		if _, err := tr.RoundTrip(postTo(t, "http://bank.test/", strings.NewReader("x"))); err != nil {
 			t.Fatal(err)
 		}
 		if got, want := fmt.Sprintf("%#v", *tr), fmt.Sprintf("%#v", keyhttp.Transport{Base: w}); got != want {
@@ -310,7 +310,7 @@ func TestWhichAnswersAreSentAgainFor(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := wired(answer(c.status, c.headers...))
-				resp, err := (&keyhttp.Transport{Base: w}).RoundTrip(post(t, "http://bank.test/", nil))
+				resp, err := (&keyhttp.Transport{Base: w}).RoundTrip(postTo(t, "http://bank.test/", nil))
 				if err != nil || resp.StatusCode != c.status {
 					t.Fatalf("%d, %v", status(resp), err)
 				}
@@ -333,7 +333,7 @@ func TestTheLastAnswerComesBackUntouchedWithItsBodyOpen(t *testing.T) {
 			made = append(made, resp)
 			return resp, nil
 		})
-		resp, err := (&keyhttp.Transport{Base: w, Attempts: 3}).RoundTrip(post(t, "http://bank.test/", nil))
+		resp, err := (&keyhttp.Transport{Base: w, Attempts: 3}).RoundTrip(postTo(t, "http://bank.test/", nil))
 		if err != nil || len(made) != 3 || resp != made[2] || resp.Body != bodies[2] {
 			t.Fatalf("%v, %v after %d attempts", resp, err, len(made))
 		}
@@ -357,7 +357,7 @@ func TestAttemptsLimitsWhatIsSent(t *testing.T) {
 	for attempts, want := range map[int]int{0: 5, 1: 1, 2: 2, 7: 7, -1: 1} {
 		synctest.Test(t, func(t *testing.T) {
 			w := wired(lost)
-			_, err := (&keyhttp.Transport{Base: w, Attempts: attempts}).RoundTrip(post(t, "http://bank.test/", nil))
+			_, err := (&keyhttp.Transport{Base: w, Attempts: attempts}).RoundTrip(postTo(t, "http://bank.test/", nil))
 			var unanswered *keyhttp.UnansweredError
 			if !errors.Is(err, errLost) || !errors.As(err, &unanswered) {
 				t.Fatal(err)
@@ -373,12 +373,12 @@ func TestWithoutAnAnswerTheErrorHasTheKeyToAskAgainWith(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := wired(lost)
 		client := &http.Client{Transport: &keyhttp.Transport{Base: w}}
-		_, err := client.Do(post(t, "http://bank.test/", nil))
+		_, err := client.Do(postTo(t, "http://bank.test/", nil))
 		var unanswered *keyhttp.UnansweredError
 		if !errors.As(err, &unanswered) || unanswered.Key != w.keys()[0] || !strings.Contains(err.Error(), unanswered.Key) {
 			t.Fatalf("%v; sent %q", err, w.keys())
 		}
-		again := post(t, "http://bank.test/", nil)
+		again := postTo(t, "http://bank.test/", nil)
 		again.Header.Set("Idempotency-Key", unanswered.Key)
 		client.Do(again)
 		if keys := slices.Compact(w.keys()); len(keys) != 1 || len(w.sent) != 10 {
@@ -393,7 +393,7 @@ func TestPausesGrowAreJitteredAndCapped(t *testing.T) {
 		for range 20 {
 			w := wired(answer(503))
 			tr := &keyhttp.Transport{Base: w, Attempts: 10}
-			if _, err := tr.RoundTrip(post(t, "http://bank.test/", nil)); err != nil {
+			if _, err := tr.RoundTrip(postTo(t, "http://bank.test/", nil)); err != nil {
 				t.Fatal(err)
 			}
 			for i, pause := range w.pauses() {
@@ -455,7 +455,7 @@ func TestRetryAfterIsWaitedFor(t *testing.T) {
 					}
 					return resp, nil
 				}, answer(200))
-				resp, err := (&keyhttp.Transport{Base: w, Initial: time.Millisecond}).RoundTrip(post(t, "http://bank.test/", nil))
+				resp, err := (&keyhttp.Transport{Base: w, Initial: time.Millisecond}).RoundTrip(postTo(t, "http://bank.test/", nil))
 				if err != nil || resp.StatusCode != 200 {
 					t.Fatal(resp, err)
 				}
@@ -472,7 +472,7 @@ func TestTheBackoffIsWaitedForEvenIfRetryAfterIsShorter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := wired(answer(503, "Retry-After: 1"), answer(200))
 		tr := &keyhttp.Transport{Base: w, Initial: 8 * time.Second}
-		if _, err := tr.RoundTrip(post(t, "http://bank.test/", nil)); err != nil {
+		if _, err := tr.RoundTrip(postTo(t, "http://bank.test/", nil)); err != nil {
 			t.Fatal(err)
 		}
 		if pause := w.pauses()[0]; pause < 4*time.Second {
@@ -504,7 +504,7 @@ func TestARetryAfterBeyondPatienceIsReturnedAtOnce(t *testing.T) {
 			start := time.Now()
 			w := wired(answer(503, "Retry-After: "+c.value))
 			tr := &keyhttp.Transport{Base: w, Attempts: 2, Patience: c.patience}
-			resp, err := tr.RoundTrip(post(t, "http://bank.test/", nil))
+			resp, err := tr.RoundTrip(postTo(t, "http://bank.test/", nil))
 			if err != nil || resp.StatusCode != 503 {
 				t.Fatal(resp, err)
 			}
@@ -534,7 +534,7 @@ func TestThePauseEndsAtOnceWithTheContext(t *testing.T) {
 				time.AfterFunc(time.Second, cancel)
 				w := wired(c.first)
 				tr := &keyhttp.Transport{Base: w, Initial: 20 * time.Second, Max: 20 * time.Second}
-				resp, err := tr.RoundTrip(post(t, "http://bank.test/", nil).WithContext(ctx))
+				resp, err := tr.RoundTrip(postTo(t, "http://bank.test/", nil).WithContext(ctx))
 				if resp != nil || !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), c.says) {
 					t.Errorf("%v, %v", resp, err)
 				}
@@ -556,7 +556,7 @@ func TestAPauseThatOutlastsTheDeadlineIsNotWaitedFor(t *testing.T) {
 		t.Cleanup(cancel)
 		start := time.Now()
 		tr := &keyhttp.Transport{Base: w, Initial: time.Second / 8}
-		resp, err := tr.RoundTrip(post(t, "http://bank.test/", nil).WithContext(ctx))
+		resp, err := tr.RoundTrip(postTo(t, "http://bank.test/", nil).WithContext(ctx))
 		if took := time.Since(start); took >= time.Second {
 			t.Errorf("returned after %v", took)
 		}
@@ -580,7 +580,7 @@ func TestAPauseThatOutlastsTheDeadlineIsNotWaitedFor(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 			defer cancel()
 			tr := &keyhttp.Transport{Base: w, Initial: 3 * time.Second, Max: 6 * time.Second}
-			_, err := tr.RoundTrip(post(t, "http://bank.test/", nil).WithContext(ctx))
+			_, err := tr.RoundTrip(postTo(t, "http://bank.test/", nil).WithContext(ctx))
 			if !errors.Is(err, errLost) || errors.Is(err, context.DeadlineExceeded) || ctx.Err() != nil {
 				t.Errorf("%v", err)
 			}
@@ -597,7 +597,7 @@ func TestAnErrorIsFinalOnceTheContextHasEnded(t *testing.T) {
 			return nil, context.Cause(r.Context())
 		})
 		start := time.Now()
-		_, err := (&http.Client{Transport: &keyhttp.Transport{Base: w}}).Do(post(t, "http://bank.test/", nil).WithContext(ctx))
+		_, err := (&http.Client{Transport: &keyhttp.Transport{Base: w}}).Do(postTo(t, "http://bank.test/", nil).WithContext(ctx))
 		if !errors.Is(err, context.DeadlineExceeded) || len(w.sent) != 1 || time.Since(start) != time.Second {
 			t.Errorf("%v, sent %d times, after %v", err, len(w.sent), time.Since(start))
 		}
@@ -619,7 +619,7 @@ func TestAnAnswerThatComesAsTheContextEndsIsReturned(t *testing.T) {
 	tr := &keyhttp.Transport{Base: w, Retrying: func(*http.Request, *http.Response, error, time.Duration) {
 		t.Error("a pause was announced")
 	}}
-	resp, err := tr.RoundTrip(post(t, "http://bank.test/", nil).WithContext(ctx))
+	resp, err := tr.RoundTrip(postTo(t, "http://bank.test/", nil).WithContext(ctx))
 	if err != nil || resp.StatusCode != 503 || body.closed.Load() != 0 || len(w.sent) != 1 {
 		t.Errorf("%v, %v, body closed %d times, sent %d times", resp, err, body.closed.Load(), len(w.sent))
 	}
@@ -630,7 +630,7 @@ func TestAClientsTimeoutIsForAllAttemptsTogether(t *testing.T) {
 		w := wired(lost)
 		client := &http.Client{Transport: &keyhttp.Transport{Base: w, Attempts: 1000}, Timeout: time.Minute}
 		start := time.Now()
-		_, err := client.Do(post(t, "http://bank.test/", nil))
+		_, err := client.Do(postTo(t, "http://bank.test/", nil))
 		if took := time.Since(start); !errors.Is(err, errLost) || took < 45*time.Second || took > time.Minute {
 			t.Errorf("%v after %v", err, took)
 		}
@@ -661,7 +661,7 @@ func TestEveryKindOfBodyIsSentWholeAndClosedOnce(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				body := &watchedBody{Reader: c.reader}
-				r := post(t, "http://bank.test/", body)
+				r := postTo(t, "http://bank.test/", body)
 				r.ContentLength = c.length
 				w := wired(answer(503))
 				resp, err := (&keyhttp.Transport{Base: w, MaxBody: c.maxBody, Attempts: 3}).RoundTrip(r)
@@ -687,7 +687,7 @@ func TestEveryKindOfBodyIsSentWholeAndClosedOnce(t *testing.T) {
 func TestABodyOverMaxBodyIsStreamedWithAKeyAndNotRetriedAfterAnError(t *testing.T) {
 	w := wired(lost)
 	body := &watchedBody{Reader: strings.NewReader("0123456789")}
-	_, err := (&keyhttp.Transport{Base: w, MaxBody: 4}).RoundTrip(post(t, "http://bank.test/", body))
+	_, err := (&keyhttp.Transport{Base: w, MaxBody: 4}).RoundTrip(postTo(t, "http://bank.test/", body))
 	if !errors.Is(err, errLost) || len(w.sent) != 1 || w.keys()[0] == "" || body.closed.Load() != 1 {
 		t.Errorf("%v, keys %q, closed %d times", err, w.keys(), body.closed.Load())
 	}
@@ -702,7 +702,7 @@ func TestABodyDeclaredOverMaxBodyOrWithNoneHeldIsNotReadAhead(t *testing.T) {
 			return w.RoundTrip(r)
 		})
 		text := strings.NewReader("0123456789")
-		r := post(t, "http://bank.test/", io.NopCloser(readerFunc(func(p []byte) (int, error) {
+		r := postTo(t, "http://bank.test/", io.NopCloser(readerFunc(func(p []byte) (int, error) {
 			if !sending {
 				t.Errorf("MaxBody %d, length %d: read before it is sent", c.maxBody, c.length)
 			}
@@ -725,7 +725,7 @@ func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { retur
 func TestGetBodyIsUsedWhateverTheSize(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := wired(lost, answer(503), answer(200))
-		r := post(t, "http://bank.test/", strings.NewReader("0123456789"))
+		r := postTo(t, "http://bank.test/", strings.NewReader("0123456789"))
 		var got atomic.Int32
 		getBody, closed := r.GetBody, make([]*watchedBody, 0, 3)
 		watch := func(b io.Reader) *watchedBody {
@@ -757,7 +757,7 @@ func TestABodyThatCannotBeHadAgainEndsTheRetrying(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		errGone := errors.New("file is gone")
 		w := wired(lost)
-		r := post(t, "http://bank.test/", strings.NewReader("x"))
+		r := postTo(t, "http://bank.test/", strings.NewReader("x"))
 		r.GetBody = func() (io.ReadCloser, error) { return nil, errGone }
 		_, err := (&keyhttp.Transport{Base: w}).RoundTrip(r)
 		var unanswered *keyhttp.UnansweredError
@@ -771,7 +771,7 @@ func TestNoBodyIsRetriedAsNone(t *testing.T) {
 	for _, body := range []io.ReadCloser{nil, http.NoBody} {
 		synctest.Test(t, func(t *testing.T) {
 			w := wired(lost, answer(200))
-			r := post(t, "http://bank.test/", nil)
+			r := postTo(t, "http://bank.test/", nil)
 			r.Body = body
 			if _, err := (&keyhttp.Transport{Base: w}).RoundTrip(r); err != nil {
 				t.Fatal(err)
@@ -792,7 +792,7 @@ func TestABodyThatFailsIsClosedAndNothingIsSent(t *testing.T) {
 	errDisk := errors.New("disk")
 	w := wired(answer(200))
 	body := &watchedBody{Reader: io.MultiReader(strings.NewReader("half"), iotest.ErrReader(errDisk))}
-	_, err := (&keyhttp.Transport{Base: w}).RoundTrip(post(t, "http://bank.test/", body))
+	_, err := (&keyhttp.Transport{Base: w}).RoundTrip(postTo(t, "http://bank.test/", body))
 	if !errors.Is(err, errDisk) || len(w.sent) != 0 || body.closed.Load() != 1 {
 		t.Errorf("%v, sent %d times, closed %d times", err, len(w.sent), body.closed.Load())
 	}
@@ -805,7 +805,7 @@ func TestABodyThatGivesNothingMoreIsNotWaitedForBeyondTheContext(t *testing.T) {
 		w := wired(answer(200))
 		body, writer := io.Pipe()
 		start := time.Now()
-		_, err := (&keyhttp.Transport{Base: w}).RoundTrip(post(t, "http://bank.test/", body).WithContext(ctx))
+		_, err := (&keyhttp.Transport{Base: w}).RoundTrip(postTo(t, "http://bank.test/", body).WithContext(ctx))
 		if !errors.Is(err, context.DeadlineExceeded) || len(w.sent) != 0 || time.Since(start) != time.Second {
 			t.Errorf("%v, sent %d times, after %v", err, len(w.sent), time.Since(start))
 		}
@@ -822,7 +822,7 @@ func TestTrailersThatTheBodyFillsInAreSent(t *testing.T) {
 		digests <- r.Trailer.Get("Digest")
 	}))
 	defer server.Close()
-	r := post(t, server.URL, nil)
+	r := postTo(t, server.URL, nil)
 	r.ContentLength, r.Trailer = -1, http.Header{"Digest": nil}
 	r.Body = io.NopCloser(readerFunc(func([]byte) (int, error) {
 		r.Trailer.Set("Digest", "sha-256=:x:")
@@ -854,7 +854,7 @@ func TestADroppedBodyIsReadUpToABound(t *testing.T) {
 			resp.Body = body
 			return resp, nil
 		}, answer(200))
-		resp, err := (&keyhttp.Transport{Base: w}).RoundTrip(post(t, "http://bank.test/", nil))
+		resp, err := (&keyhttp.Transport{Base: w}).RoundTrip(postTo(t, "http://bank.test/", nil))
 		if err != nil || resp.StatusCode != 200 || body.closed.Load() != 1 || read == 0 || read > 1<<20 {
 			t.Errorf("%v, %v, read %d bytes, closed %d times", resp, err, read, body.closed.Load())
 		}
@@ -875,7 +875,7 @@ func TestADroppedBodyThatDoesNotEndDelaysNothing(t *testing.T) {
 					return resp, nil
 				}, answer(200))
 				start := time.Now()
-				resp, err := (&keyhttp.Transport{Base: w}).RoundTrip(post(t, "http://bank.test/", nil).WithContext(ctx))
+				resp, err := (&keyhttp.Transport{Base: w}).RoundTrip(postTo(t, "http://bank.test/", nil).WithContext(ctx))
 				want := min(endure, 10*time.Second)
 				if took := time.Since(start); took != want || (err == nil) != (endure == time.Hour) {
 					t.Errorf("%v, %v after %v", resp, err, took)
@@ -899,7 +899,7 @@ func TestRetryingIsToldOfEachPause(t *testing.T) {
 				}
 				told = append(told, fmt.Sprintln(sent == w.sent[len(w.sent)-1], status(resp), text, err, pause.Round(time.Second)))
 			}}
-		if _, err := tr.RoundTrip(post(t, "http://bank.test/", nil)); err != nil {
+		if _, err := tr.RoundTrip(postTo(t, "http://bank.test/", nil)); err != nil {
 			t.Fatal(err)
 		}
 		if want := []string{"true 0  connection lost 0s\n", "true 503 answer <nil> 3s\n"}; !slices.Equal(told, want) {
@@ -910,7 +910,7 @@ func TestRetryingIsToldOfEachPause(t *testing.T) {
 
 func TestANilResponseOfAFaultyBaseIsHandedOn(t *testing.T) {
 	w := wired(func(*http.Request) (*http.Response, error) { return nil, nil })
-	if resp, err := (&keyhttp.Transport{Base: w}).RoundTrip(post(t, "http://bank.test/", nil)); resp != nil || err != nil {
+	if resp, err := (&keyhttp.Transport{Base: w}).RoundTrip(postTo(t, "http://bank.test/", nil)); resp != nil || err != nil {
 		t.Errorf("%v, %v", resp, err)
 	}
 }
@@ -1026,7 +1026,7 @@ func TestWorkIsDoneOnceAndAnsweredOverConnectionsThatBreak(t *testing.T) {
 						return intact
 					})
 					client := &http.Client{Transport: &keyhttp.Transport{Base: server.Client().Transport, Initial: time.Millisecond}}
-					resp, err := client.Do(post(t, server.URL, body()))
+					resp, err := client.Do(postTo(t, server.URL, body()))
 					if err != nil {
 						t.Fatal(err)
 					}
@@ -1060,7 +1060,7 @@ func TestAReplayByNetHTTPOnADeadConnectionHasTheSameKey(t *testing.T) {
 	client := &http.Client{Transport: &keyhttp.Transport{Base: server.Client().Transport, Initial: time.Millisecond,
 		Retrying: func(*http.Request, *http.Response, error, time.Duration) { retries.Add(1) }}}
 	for range 2 {
-		resp, err := client.Do(post(t, server.URL, &watchedBody{Reader: strings.NewReader("pay 10")}))
+		resp, err := client.Do(postTo(t, server.URL, &watchedBody{Reader: strings.NewReader("pay 10")}))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -1092,7 +1092,7 @@ func TestManyClientsAtOnceOverConnectionsThatBreakAreEachServedOnce(t *testing.T
 				if i%2 == 0 {
 					body = &watchedBody{Reader: body}
 				}
-				resp, err := client.Do(post(t, server.URL, body))
+				resp, err := client.Do(postTo(t, server.URL, body))
 				if err != nil {
 					t.Errorf("client %d: %v", c, err)
 					return
@@ -1132,7 +1132,7 @@ func TestARetryUsesTheConnectionOfTheDroppedAnswer(t *testing.T) {
 		w.WriteHeader(http.StatusCreated)
 	})
 	tr := &keyhttp.Transport{Base: server.Client().Transport, Initial: time.Millisecond}
-	resp, err := tr.RoundTrip(post(t, server.URL, strings.NewReader("x")))
+	resp, err := tr.RoundTrip(postTo(t, server.URL, strings.NewReader("x")))
 	if err != nil || resp.StatusCode != 201 {
 		t.Fatal(resp, err)
 	}
@@ -1156,7 +1156,7 @@ func TestAServerThatNeverEndsItsRefusalIsAskedAgain(t *testing.T) {
 				<-r.Context().Done() // until the client lets go
 			})
 			tr := &keyhttp.Transport{Base: server.Client().Transport, Initial: time.Millisecond}
-			resp, err := tr.RoundTrip(post(t, server.URL, strings.NewReader("x")))
+			resp, err := tr.RoundTrip(postTo(t, server.URL, strings.NewReader("x")))
 			if err != nil || resp.StatusCode != 200 || arrivals.Load() != 2 {
 				t.Fatal(resp, err, arrivals.Load())
 			}
@@ -1185,7 +1185,7 @@ func TestAnAnswerBeforeTheWholeBodyIsReadIsRetriedWithTheWholeBody(t *testing.T)
 					got <- body
 				})
 				tr := &keyhttp.Transport{Base: server.Client().Transport, Initial: time.Millisecond, MaxBody: 8 << 20}
-				resp, err := tr.RoundTrip(post(t, server.URL, body()))
+				resp, err := tr.RoundTrip(postTo(t, server.URL, body()))
 				if err != nil || resp.StatusCode != 200 {
 					t.Fatal(resp, err)
 				}
@@ -1207,7 +1207,7 @@ func TestABodyThatBreaksOffIsAskedForAgainWithTheResponsesKey(t *testing.T) {
 		io.WriteString(w, "paid "+r.Header.Get("Idempotency-Key"))
 	})
 	client := &http.Client{Transport: &keyhttp.Transport{Base: server.Client().Transport}}
-	resp, err := client.Do(post(t, server.URL, strings.NewReader("pay 10")))
+	resp, err := client.Do(postTo(t, server.URL, strings.NewReader("pay 10")))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1216,7 +1216,7 @@ func TestABodyThatBreaksOffIsAskedForAgainWithTheResponsesKey(t *testing.T) {
 		t.Fatalf("the body does not break off: %v", err)
 	}
 	key := resp.Request.Header.Get("Idempotency-Key")
-	again := post(t, server.URL, strings.NewReader("pay 10"))
+	again := postTo(t, server.URL, strings.NewReader("pay 10"))
 	again.Header.Set("Idempotency-Key", key)
 	if resp, err = client.Do(again); err != nil {
 		t.Fatal(err)
@@ -1250,7 +1250,7 @@ func TestARedirectKeepsTheKeyIfItKeepsTheMethod(t *testing.T) {
 				}))
 				defer server.Close()
 				client := &http.Client{Transport: &keyhttp.Transport{Base: server.Client().Transport, Initial: time.Millisecond}}
-				r := post(t, server.URL+"/a", strings.NewReader("pay 10"))
+				r := postTo(t, server.URL+"/a", strings.NewReader("pay 10"))
 				if own != "" {
 					r.Header.Set("Idempotency-Key", own)
 				}
@@ -1332,7 +1332,7 @@ func FuzzRetryAfter(f *testing.F) {
 				cancel()
 			},
 		}
-		r := post(t, "http://bank.test/", nil).WithContext(ctx)
+		r := postTo(t, "http://bank.test/", nil).WithContext(ctx)
 		r.Header.Set("Idempotency-Key", keystate.NewID())
 		tr.RoundTrip(r)
 		if (got == nil) != (want == nil) {
