@@ -151,6 +151,12 @@ var faults = []fault{
 		}
 		return v, reason
 	})},
+	{name: "a withdrawal is tried again", rules: onVerdict(func(v verdict, reason ParkReason) (verdict, ParkReason) {
+		if v == withdrawn {
+			return again, ""
+		}
+		return v, reason
+	})},
 	{name: "a parked key goes on by itself", keys: unpark},
 	{name: "interrupted keys are not found at Register", keys: overlookWaiting},
 
@@ -177,6 +183,49 @@ var faults = []fault{
 			e.incarnation = [16]byte(sum[:16])
 		})
 	})},
+
+	// What is withdrawn.
+	{name: "a later phase's withdrawal is heeded", rules: func(r *rules[*bbolt.Tx]) {
+		judge := r.judge
+		r.judge = func(p *phase[*bbolt.Tx], err error, byEffect bool, attempts, inRun int) (verdict, ParkReason) {
+			q := *p
+			q.first = true
+			return judge(&q, err, byEffect, attempts, inRun)
+		}
+	}},
+	{name: "a first phase's mere failure withdraws the key", rules: func(r *rules[*bbolt.Tx]) {
+		judge := r.judge
+		r.judge = func(p *phase[*bbolt.Tx], err error, byEffect bool, attempts, inRun int) (verdict, ParkReason) {
+			v, reason := judge(p, err, byEffect, attempts, inRun)
+			if p.first && v == stalled {
+				return withdrawn, ""
+			}
+			return v, reason
+		}
+	}},
+	{name: "a policy wins over a withdrawal", rules: func(r *rules[*bbolt.Tx]) {
+		judge := r.judge
+		r.judge = func(p *phase[*bbolt.Tx], err error, byEffect bool, attempts, inRun int) (verdict, ParkReason) {
+			if q := *p; p.onError != Retry {
+				q.first = false
+				p = &q
+			}
+			return judge(p, err, byEffect, attempts, inRun)
+		}
+	}},
+	{name: "a withdrawn key keeps its refusal", rules: onVerdict(func(v verdict, reason ParkReason) (verdict, ParkReason) {
+		if v == withdrawn {
+			return refused, ""
+		}
+		return v, reason
+	})},
+	{name: "a withdrawn key waits to be taken up again", rules: onVerdict(func(v verdict, reason ParkReason) (verdict, ParkReason) {
+		if v == withdrawn {
+			return later, ""
+		}
+		return v, reason
+	})},
+	{name: "a withdrawn key ends in one transaction and is deleted in another", update: deleteLater, keys: holdBackDeletions},
 
 	// What is reaped, and when.
 	{name: "retention is ignored", rules: func(r *rules[*bbolt.Tx]) {
@@ -269,6 +318,7 @@ type faulty struct {
 	mu     sync.Mutex
 	before map[Key][]byte // states, as of the last write but one
 	stored map[Key][]byte
+	held   []Record // to be deleted in a transaction of their own
 }
 
 // apply puts the fault where it belongs, and returns the store for the engine.
@@ -519,6 +569,49 @@ func indexFirst(f *faulty, ctx context.Context, fn func(tx *bbolt.Tx) error) err
 	return f.mortal.Update(ctx, func(tx *bbolt.Tx) error {
 		return errors.Join(f.mortal.boltStore.Keys(tx).(*boltKeys).index.Delete(entry), fn(tx))
 	})
+}
+
+// deleteLater deletes what holdBackDeletions has left, in a transaction of its own.
+func deleteLater(f *faulty, ctx context.Context, fn func(tx *bbolt.Tx) error) error {
+	if err := f.mortal.Update(ctx, fn); err != nil {
+		return err
+	}
+	f.mu.Lock()
+	held := f.held
+	f.held = nil
+	f.mu.Unlock()
+	if len(held) == 0 {
+		return nil
+	}
+	return f.mortal.Update(ctx, func(tx *bbolt.Tx) error {
+		for _, r := range held {
+			if err := f.mortal.Keys(tx).Delete(r); err != nil && !errors.Is(err, ErrFenced) {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// holdBackDeletions leaves a record as it is when it was put in the same transaction.
+func holdBackDeletions(f *faulty, tx *bbolt.Tx, k Keys) Keys {
+	put := map[Key]bool{}
+	return &faultyKeys{
+		Keys: k,
+		put: func(r *Record) error {
+			put[r.Key] = true
+			return k.Put(r)
+		},
+		remove: func(r Record) error {
+			if !put[r.Key] {
+				return k.Delete(r)
+			}
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			f.held = append(f.held, r)
+			return nil
+		},
+	}
 }
 
 func overrideFence(_ *faulty, _ *bbolt.Tx, k Keys) Keys {

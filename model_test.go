@@ -95,6 +95,7 @@ const (
 	hangsActed turnout = "hangs, acted" // it happens, then hangs till its context ends
 	stubborn   turnout = "stubborn"     // 2 s whatever its context says, then it works
 	final      turnout = "final"        // an error marked as Final
+	withdraws  turnout = "withdraws"    // an error marked with Withdraw
 	panics     turnout = "panics"       //
 	exits      turnout = "exits"        // runtime.Goexit
 	unknown    turnout = "unknown"      // of a question: it cannot be told
@@ -173,6 +174,8 @@ type dossier struct {
 	cleared  bool     // asked since the last send, and told that it had not happened
 	refused  *process // who was told that it fails for good
 	doubted  bool     // the last question could not be answered
+
+	withdrawn map[*process]bool // who was told by this step, the machine's first, to forget the key; nothing is to come between
 }
 
 // The world is what effects act on.
@@ -188,8 +191,10 @@ type world struct {
 	answers  map[life]answer
 	allowed  map[Key]bool // parked keys that an operator has taken in hand
 	parkings map[Key]map[ParkReason]bool
-	inside   map[string]int // runs of a key inside an engine
-	healed   bool           // from here on everything works
+	inside   map[string]int  // runs of a key inside an engine
+	retreats map[trouble]Key // the troubles with which a first step has withdrawn a key
+	gone     map[life]bool   // lives that ended in that way
+	healed   bool            // from here on everything works
 	errors   int
 	began    time.Time
 	journal  []string // what happened, for whoever has to find out why
@@ -203,7 +208,8 @@ type answer struct {
 func newWorld(db *bbolt.DB, seen *sightings) *world {
 	return &world{
 		db: db, seen: seen, steps: map[int]*step{}, deeds: map[deed]*dossier{}, tokens: map[string]deed{}, answers: map[life]answer{},
-		allowed: map[Key]bool{}, parkings: map[Key]map[ParkReason]bool{}, inside: map[string]int{}, began: time.Now(),
+		allowed: map[Key]bool{}, parkings: map[Key]map[ParkReason]bool{}, inside: map[string]int{}, retreats: map[trouble]Key{}, gone: map[life]bool{},
+		began: time.Now(),
 	}
 }
 
@@ -246,12 +252,66 @@ func (w *world) verdict() error {
 	return w.fault
 }
 
-// trouble is an error unlike any other.
+// A trouble is an error unlike any other.
+type trouble int
+
+func (t trouble) Error() string { return fmt.Sprintf("trouble %d", int(t)) }
+
 func (w *world) trouble() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	return w.troubleLocked()
+}
+
+func (w *world) troubleLocked() trouble {
 	w.errors++
-	return fmt.Errorf("trouble %d", w.errors)
+	return trouble(w.errors)
+}
+
+// retreat is an error marked with Withdraw. From the first step of a machine it is the word that the key vanishes, now and
+// whatever else the step says about errors; from any other it is an error like any other.
+func (w *world) retreat(p *process, d deed) (err error, heeded bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.retreatLocked(p, d)
+}
+
+func (w *world) retreatLocked(p *process, d deed) (err error, heeded bool) {
+	t := w.troubleLocked()
+	if !p.isFirst(d.step) {
+		w.seen.note("a withdrawal from a later phase")
+		return Withdraw(t), false
+	}
+	f := w.dossier(d)
+	if f.withdrawn == nil {
+		f.withdrawn = map[*process]bool{}
+	}
+	f.withdrawn[p], w.retreats[t] = true, d.key
+	return Withdraw(t), true
+}
+
+// isFirst says whether a machine of the process begins with the step.
+func (p *process) isFirst(step int) bool {
+	for _, b := range p.blueprints {
+		if b.steps[0].id == step {
+			return true
+		}
+	}
+	return false
+}
+
+// thinksBetter takes a commit's word back: it has been called again, and does not withdraw this time.
+func (w *world) thinksBetter(p *process, d deed) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	delete(w.dossier(d).withdrawn, p)
+}
+
+// toldToForget says whether the process was told by the machine's first step to forget a life of a key.
+func (w *world) toldToForget(p *process, l life, machine string) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.dossier(deed{l, p.blueprints[machine].steps[0].id}).withdrawn[p]
 }
 
 func (w *world) dossier(d deed) *dossier {
@@ -328,6 +388,13 @@ func (w *world) send(ctx context.Context, p *process, st *step, token string, s 
 		w.refuse(p, d)
 		s.leave(fmt.Sprintf("r%d", st.id))
 		return Final(w.trouble())
+	case withdraws:
+		s.leave(fmt.Sprintf("r%d", st.id))
+		err, heeded := w.retreat(p, d)
+		if !heeded {
+			return w.broken(p, d, err)
+		}
+		return err
 	case slow:
 		if err := nap(ctx, p, 300*time.Millisecond); err != nil {
 			return w.broken(p, d, err)
@@ -384,6 +451,8 @@ func (w *world) beginSend(p *process, st *step, token string, s *parcel) (how tu
 		w.violatedLocked("%s: the effect of step %d runs again after it was done", d.life, st.id)
 	case f.refused == p:
 		w.violatedLocked("%s: the effect of step %d runs again after it failed for good", d.life, st.id)
+	case f.withdrawn[p]:
+		w.violatedLocked("%s: the effect of step %d runs again after the key was withdrawn", d.life, st.id)
 	case st.reconciles && f.sends > 0 && !f.cleared:
 		w.violatedLocked("%s: the effect of step %d runs again, and nobody asked what became of it", d.life, st.id)
 	case st.atMostOnce && !st.reconciles && f.sends > f.pardons:
@@ -547,6 +616,9 @@ func (w *world) ask(p *process, st *step, token string, s *parcel) (Outcome, err
 	d := deed{now.life, st.id}
 	f := w.dossier(d)
 	w.checkToken(f, d, token)
+	if f.withdrawn[p] {
+		w.violatedLocked("%s: somebody asks about the effect of step %d after the key was withdrawn", d.life, st.id)
+	}
 	how := st.turnout(st.asking, f.gone, s.For)
 	if w.healed {
 		how = works
@@ -559,6 +631,12 @@ func (w *world) ask(p *process, st *step, token string, s *parcel) (Outcome, err
 		return Unknown, nil
 	case how == fails:
 		return Unknown, errors.New("nobody answers the question")
+	case how == withdraws:
+		err, heeded := w.retreatLocked(p, d)
+		if heeded {
+			w.seen.note("Reconcile withdraws")
+		}
+		return Unknown, err
 	case f.happened:
 		s.leave(fmt.Sprintf("e%d", st.id))
 		f.doneBy = p
@@ -580,6 +658,9 @@ func (w *world) write(p *process, tx *bbolt.Tx, st *step, s *parcel) error {
 	how := st.turnout(st.writing, attempt-1, s.For)
 	if w.isHealed() {
 		how = works
+	}
+	if how != withdraws {
+		w.thinksBetter(p, deed{l, st.id})
 	}
 	rows := tx.Bucket(bucketRows)
 	name := fmt.Appendf(nil, "%s|%d|%d", keyText(l.key), l.n, st.id)
@@ -608,6 +689,9 @@ func (w *world) write(p *process, tx *bbolt.Tx, st *step, s *parcel) error {
 		return w.trouble()
 	case final:
 		return Final(w.trouble())
+	case withdraws:
+		err, _ := w.retreat(p, deed{l, st.id})
+		return err
 	case panics:
 		panic(w.trouble())
 	case exits:
@@ -698,7 +782,25 @@ func (n *notary) Put(r *Record) error {
 	}
 	n.p.w.log(n.p, "%s: version %d, %s at %q, begun %q, attempts %d, acted %t %s %s", r.Key, r.Version, r.Status, r.Point, r.Begun, r.Attempts, r.Acted, r.ParkReason, r.LastError)
 	n.checkChange(old, *r)
+	n.checkWithdrawn(*r)
 	return n.inscribe(old, *r)
+}
+
+// checkWithdrawn: what is withdrawn goes on in no way, and is gone when the transaction is durable that ends it.
+func (n *notary) checkWithdrawn(r Record) {
+	l := lifeOf(n.tx, r.Key)
+	if !n.p.w.toldToForget(n.p, l, r.Machine) {
+		return
+	}
+	if r.Refusal == nil {
+		n.p.w.violated("%s: it is %s at %q after it was withdrawn", l, r.Status, r.Point)
+		return
+	}
+	n.tx.OnCommit(func() {
+		if n.p.w.look(n.p, r.Key).life == l {
+			n.p.w.violated("%s: it was withdrawn, and is still there", l)
+		}
+	})
 }
 
 // checkChange objects to a change that is forbidden whatever happened before.
@@ -835,25 +937,40 @@ func (n *notary) ending(old, r Record, b blueprint, at int) string {
 		n.p.w.violated("%s: %q refuses, and it was not next", r.Key, r.Refusal.Before)
 		return "refuse:0"
 	}
-	n.p.w.seen.note("a key refused")
+	if !n.p.w.toldToForget(n.p, lifeOf(n.tx, r.Key), r.Machine) {
+		n.p.w.seen.note("a key refused")
+	}
 	return fmt.Sprintf("refuse:%d", b.steps[at].id)
 }
 
 func (n *notary) Delete(r Record) error {
+	l := lifeOf(n.tx, r.Key)
+	withdrawn := r.Refusal != nil && len(r.History) == 2 && n.p.w.toldToForget(n.p, l, r.Machine)
 	if r.Status != Answered {
 		n.p.w.violated("%s is reaped, and it is %s", r.Key, r.Status)
-	} else if kept := time.Since(r.Ended); kept < n.p.retention {
+	} else if kept := time.Since(r.Ended); kept < n.p.retention && !withdrawn {
 		n.p.w.violated("%s is reaped %s after its end, retention is %s", r.Key, kept, n.p.retention)
 	}
 	if err := n.Keys.Delete(r); err != nil {
 		return err
 	}
-	n.p.w.seen.note("a key reaped")
-	l := lifeOf(n.tx, r.Key)
+	n.noteDeletion(l, withdrawn)
 	return errors.Join(
 		n.tx.Bucket(bucketGraves).Put([]byte(keyText(r.Key)), strconv.AppendInt(nil, int64(l.n+1), 10)),
 		n.tx.Bucket(bucketAlive).Delete([]byte(keyText(r.Key))),
 	)
+}
+
+func (n *notary) noteDeletion(l life, withdrawn bool) {
+	w := n.p.w
+	if !withdrawn {
+		w.seen.note("a key reaped")
+		return
+	}
+	w.seen.note("a key withdrawn")
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.gone[l] = true
 }
 
 // testimony compares the witnesses in one transaction: the records, the rows and the book tell the same story.

@@ -86,7 +86,8 @@ var sights = []string{
 	"death after commit", "killed", "a zombie", "a zombie fenced", "a zombie's effect", "an attempt broken off by a shutdown",
 	"parked: attempts used up", "parked: indeterminate", "parked: token expired", "parked: unknown point",
 	"an effect sent again", "an error ignored", "a key refused", "a key abandoned", "a key revived", "a key reaped", "a key used again after it was reaped",
-	"Reconcile says done", "Reconcile says not done", "Reconcile cannot tell",
+	"a key withdrawn", "a request withdrawn before it was stored", "a key used again after it was withdrawn", "a withdrawal from a later phase",
+	"Reconcile says done", "Reconcile says not done", "Reconcile cannot tell", "Reconcile withdraws",
 	"a phase added", "a phase renamed", "a phase removed", "a phase dropped", "a stranded key found at Register",
 	"a key staged", "a group of several", "a failing member in a group", "a mismatch", "in progress", "a replay", "a caller that did not wait",
 }
@@ -329,14 +330,14 @@ func drawStep(t *rapid.T, id int, mayStage bool) *step {
 		st.tokenLife = rapid.SampledFrom([]time.Duration{0, 0, 3 * time.Second, time.Minute}).Draw(t, "token life")
 		st.atMostOnce = rapid.IntRange(0, 3).Draw(t, "at most once") == 3
 		st.reconciles = rapid.IntRange(0, 2).Draw(t, "reconciles") > 0
-		st.sending = rapid.SliceOfN(rapid.SampledFrom([]turnout{works, fails, slow, answerLost, hangs, hangsActed, stubborn, panics, exits, final}), 0, 4).Draw(t, "sending")
+		st.sending = rapid.SliceOfN(rapid.SampledFrom([]turnout{works, fails, slow, answerLost, hangs, hangsActed, stubborn, panics, exits, final, withdraws}), 0, 4).Draw(t, "sending")
 		if st.reconciles {
-			st.asking = rapid.SliceOfN(rapid.SampledFrom([]turnout{works, works, unknown, fails}), 0, 2).Draw(t, "asking")
+			st.asking = rapid.SliceOfN(rapid.SampledFrom([]turnout{works, works, unknown, fails, withdraws}), 0, 2).Draw(t, "asking")
 		}
 	}
 	if st.commit {
 		st.stages = mayStage && rapid.IntRange(0, 2).Draw(t, "stages") == 2
-		st.writing = rapid.SliceOfN(rapid.SampledFrom([]turnout{works, works, fails, panics, exits, final}), 0, 4).Draw(t, "writing")
+		st.writing = rapid.SliceOfN(rapid.SampledFrom([]turnout{works, works, fails, panics, exits, final, withdraws}), 0, 4).Draw(t, "writing")
 	}
 	return st
 }
@@ -851,7 +852,7 @@ func (pl *playing) call(p *process, v visit) {
 		pl.hear(p, m, key, request, v.patience > 0, parcel{}, err)
 		return
 	}
-	if !pl.w.look(p, key).found {
+	if !pl.w.look(p, key).found && !pl.w.forgotten(key) {
 		pl.w.violated("%s: Start has returned, and nothing is on disk", key)
 	}
 	got, err := r.Wait(ctx)
@@ -864,13 +865,22 @@ func (pl *playing) hear(p *process, m *Machine[parcel], key Key, request parcel,
 	var refusal *FinalError
 	var stopped *PhaseError
 	var mark *finalMark
+	var cause trouble
+	errors.As(err, &cause)
+	w.mu.Lock()
+	owner, retreat := w.retreats[cause]
+	w.mu.Unlock()
 	excused := p.dead.Load() || p.zombie.Load() || p.closing.Load()
 	switch {
 	case err == nil || errors.As(err, &refusal):
 		pl.hearAnswer(p, m, key, request, got, refusal)
 	case errors.Is(err, ErrMismatch):
 		pl.hearMismatch(p, m, key, request)
+	case errors.Is(err, ErrWithdrawn):
+		pl.hearWithdrawal(p, key, got, retreat && owner == key, err)
 	case excused:
+	case retreat:
+		w.violated("%s: its first phase has withdrawn it, and its caller is told %v", key, err)
 	case errors.As(err, &mark):
 		w.violated("%s: an error marked as Final is no answer: %v", key, err)
 	case errors.As(err, &stopped):
@@ -914,7 +924,9 @@ func (pl *playing) hearAnswer(p *process, m *Machine[parcel], key Key, request, 
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if now.life.n > 0 {
+	if now.life.n > 0 && w.gone[life{key, now.life.n - 1}] {
+		w.seen.note("a key used again after it was withdrawn")
+	} else if now.life.n > 0 {
 		w.seen.note("a key used again after it was reaped")
 	}
 	first, known := w.answers[now.life]
@@ -927,6 +939,33 @@ func (pl *playing) hearAnswer(p *process, m *Machine[parcel], key Key, request, 
 	w.answers[now.life] = a
 }
 
+// hearWithdrawal: it is the first phase's own word, there is no answer, and nothing of the request is left.
+func (pl *playing) hearWithdrawal(p *process, key Key, got parcel, said bool, err error) {
+	w := pl.w
+	now := w.look(p, key)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var stopped *PhaseError
+	if !said || got.For != (Key{}) || errors.As(err, &stopped) {
+		w.violatedLocked("%s: told of a withdrawal that nobody has asked for: %v %v", key, got, err)
+	}
+	if now.life.n == 0 || !w.gone[life{key, now.life.n - 1}] {
+		w.seen.note("a request withdrawn before it was stored")
+	}
+}
+
+// forgotten says whether a life of the key has ended by a withdrawal.
+func (w *world) forgotten(key Key) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for l := range w.gone {
+		if l.key == key {
+			return true
+		}
+	}
+	return false
+}
+
 // hearMismatch: the key is somebody else's.
 func (pl *playing) hearMismatch(p *process, m *Machine[parcel], key Key, request parcel) {
 	pl.w.seen.note("a mismatch")
@@ -935,7 +974,7 @@ func (pl *playing) hearMismatch(p *process, m *Machine[parcel], key Key, request
 		pl.w.violated("%v", err)
 	}
 	now := pl.w.look(p, key)
-	if now.found && now.record.Fingerprint == print && now.record.Machine == m.name {
+	if now.found && now.record.Fingerprint == print && now.record.Machine == m.name && !pl.w.forgotten(key) {
 		pl.w.violated("%s: its owner is told of a mismatch", key)
 	}
 }
