@@ -607,6 +607,445 @@ func TestAFinalErrorIsAnAnswerLikeAnyOther(t *testing.T) {
 	}
 }
 
+var errLimited = errors.New("rate limited")
+
+// withdrawing are machines whose first phase withdraws ada's request, each in another way.
+func withdrawing(why error) map[string][]transferPhase {
+	sent := func(context.Context, string, *transfer) error { return nil }
+	lost := func(context.Context, string, *transfer) error { return errDown }
+	withdraws := func(context.Context, string, *transfer) error { return why }
+	inCommit := func(ctx context.Context, tx *bbolt.Tx, s *transfer) error {
+		return errors.Join(note("sent")(ctx, tx, s), why)
+	}
+	asked := func(context.Context, string, *transfer) (Outcome, error) { return Done, why }
+	return map[string][]transferPhase{
+		"a commit":                    {{To: "payout_sent", Commit: inCommit}, {To: Finished}},
+		"the only commit":             {{To: Finished, Commit: inCommit}},
+		"an effect":                   {{To: "payout_sent", Effect: withdraws}, {To: Finished}},
+		"a commit after an effect":    {{To: "payout_sent", Effect: sent, Commit: inCommit}, {To: Finished}},
+		"Reconcile":                   {{To: "payout_sent", Effect: lost, Reconcile: asked}, {To: Finished}},
+		"whatever else Fail says":     {{To: "payout_sent", Effect: withdraws, OnError: Fail}, {To: Finished}},
+		"whatever else Ignore says":   {{To: "payout_sent", Effect: withdraws, OnError: Ignore}, {To: Finished}},
+		"whatever else Attempts says": {{To: "payout_sent", Effect: withdraws, Retry: RetryPolicy{Attempts: 1}}, {To: Finished}},
+		"an effect at most once":      {{To: "payout_sent", Effect: withdraws, AtMostOnce: true}, {To: Finished}},
+		"a commit that Fail is for":   {{To: "payout_sent", OnError: Fail, Commit: inCommit}, {To: Finished}},
+		"a commit that Ignore is for": {{To: "payout_sent", OnError: Ignore, Commit: inCommit}, {To: Finished}},
+	}
+}
+
+func TestAWithdrawnRequestIsForgotten(t *testing.T) {
+	for mark, why := range map[string]error{
+		"alone":          Withdraw(errLimited),
+		"in another":     fmt.Errorf("processor: %w", Withdraw(errLimited)),
+		"with Final":     Final(Withdraw(errLimited)),
+		"outside Final":  Withdraw(Final(errLimited)),
+		"beside another": errors.Join(errDown, Withdraw(errLimited)),
+	} {
+		for by, phases := range withdrawing(why) {
+			t.Run(mark+" by "+by, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					e := open(t, storePath(t), nil)
+					m := register(t, e, phases...)
+					answer, err := m.Do(ctx, ada, request)
+					if !errors.Is(err, ErrWithdrawn) || !errors.Is(err, errLimited) || !reflect.DeepEqual(answer, transfer{}) {
+						t.Fatalf("%+v, %v", answer, err)
+					}
+					var stopped *PhaseError
+					if errors.As(err, &stopped) || errors.Is(err, ErrParked) {
+						t.Errorf("it is told as a key that goes on: %v", err)
+					}
+					if _, err := e.Key(ctx, ada); !errors.Is(err, ErrNotFound) {
+						t.Errorf("there is a record: %v", err)
+					}
+					if s, err := e.Stats(ctx); err != nil || s.Counts != (Counts{}) || s.Queued != 0 || s.UnderWay != 0 {
+						t.Errorf("%+v, %v", s, err)
+					}
+					if notes(t, e, "sent") != 0 {
+						t.Error("the commit left a trace")
+					}
+					if _, err := m.Find(ctx, ada, request); !errors.Is(err, ErrNotFound) {
+						t.Errorf("it is found: %v", err)
+					}
+					checkStore(t, e)
+				})
+			})
+		}
+	}
+}
+
+func TestAWithdrawalSaysWhatItIs(t *testing.T) {
+	e := open(t, storePath(t), nil)
+	_, err := register(t, e, withdrawing(Withdraw(errLimited))["an effect"]...).Do(ctx, ada, request)
+	if want := `keystate: ada/8e03 withdrawn before "payout_sent": rate limited`; err == nil || err.Error() != want {
+		t.Errorf("got %v", err)
+	}
+	if Withdraw(nil) != nil {
+		t.Error("Withdraw(nil) is not nil")
+	}
+	if err := Withdraw(errLimited); err.Error() != "rate limited" || errors.Is(err, ErrWithdrawn) {
+		t.Errorf("the mark itself: %v", err)
+	}
+}
+
+func TestAWithdrawnKeyMayBeUsedForAnotherRequestUnderAnotherToken(t *testing.T) {
+	e := open(t, storePath(t), nil)
+	var tokens []string
+	m := register(t, e, transferPhase{To: Finished, Effect: func(_ context.Context, token string, s *transfer) error {
+		if tokens = append(tokens, token); len(tokens) < 3 {
+			return Withdraw(errLimited)
+		}
+		return nil
+	}})
+	dearer := request
+	dearer.Cents++
+	for i, asked := range []transfer{request, request, dearer} {
+		answer, err := m.Do(ctx, ada, asked)
+		if (i < 2) != errors.Is(err, ErrWithdrawn) || i == 2 && (err != nil || answer.Cents != dearer.Cents) {
+			t.Errorf("request %d: %+v, %v", i, answer, err)
+		}
+	}
+	if slices.Sort(tokens); len(slices.Compact(tokens)) != 3 {
+		t.Errorf("tokens: %v", tokens)
+	}
+	if _, err := m.Do(ctx, ada, request); !errors.Is(err, ErrMismatch) {
+		t.Errorf("the key belongs to the request that was carried out: %v", err)
+	}
+}
+
+func TestARequestThatItsFirstCommitWithdrawsIsNotWritten(t *testing.T) {
+	var written atomic.Int32
+	e := open(t, storePath(t), &Options{Observer: &Observer{Grouped: func(Event) { written.Add(1) }}})
+	m := register(t, e, withdrawing(Withdraw(errLimited))["a commit"]...)
+	if _, err := m.Do(ctx, ada, request); !errors.Is(err, ErrWithdrawn) || written.Load() != 0 {
+		t.Errorf("%d transactions, %v", written.Load(), err)
+	}
+}
+
+func TestAWithdrawalIsObservedAsNothingElse(t *testing.T) {
+	for by, want := range map[string][]string{
+		"a commit":  {"withdrawn started 1 rate limited"},
+		"an effect": {"claimed started 0 <nil>", "withdrawn started 1 rate limited"},
+		"Reconcile": {"claimed started 0 <nil>", "retried started 2 processor is down", "withdrawn started 2 rate limited"},
+	} {
+		t.Run(by, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var seen []string
+				tell := func(what string) func(Event) {
+					return func(ev Event) { seen = append(seen, fmt.Sprint(what, " ", ev.Point, " ", ev.Attempt, " ", ev.Err)) }
+				}
+				e := open(t, storePath(t), &Options{Observer: &Observer{
+					Claimed: tell("claimed"), Committed: tell("committed"), Retried: tell("retried"), Parked: tell("parked"), Finished: tell("finished"),
+					Replayed: tell("replayed"), Withdrawn: tell("withdrawn"), Reaped: tell("reaped"),
+				}})
+				if _, err := register(t, e, withdrawing(Withdraw(errLimited))[by]...).Do(ctx, ada, request); !errors.Is(err, ErrWithdrawn) {
+					t.Fatal(err)
+				}
+				if !slices.Equal(seen, want) {
+					t.Errorf("got  %q\nwant %q", seen, want)
+				}
+			})
+		})
+	}
+}
+
+func TestAWithdrawalByALaterPhaseIsAnErrorLikeAnyOther(t *testing.T) {
+	for where, phase := range map[string]transferPhase{
+		"effect":       {To: "payout_sent", Effect: func(context.Context, string, *transfer) error { return Withdraw(errLimited) }},
+		"fused commit": {To: "payout_sent", Commit: func(context.Context, *bbolt.Tx, *transfer) error { return Withdraw(errLimited) }},
+	} {
+		for policy, says := range map[ErrorPolicy]string{
+			Retry:  `keystate: ada/8e03 stopped before "payout_sent": rate limited`,
+			Fail:   `keystate: ada/8e03 ended before "payout_sent": rate limited`,
+			Ignore: "<nil>",
+		} {
+			t.Run(fmt.Sprint(where, " ", policy), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					e := open(t, storePath(t), nil)
+					phase.OnError, phase.Retry = policy, RetryPolicy{InRun: -1}
+					_, err := register(t, e, transferPhase{To: "funds_reserved", Commit: note("reserved")}, phase, transferPhase{To: Finished}).Do(ctx, ada, request)
+					if fmt.Sprint(err) != says || errors.Is(err, ErrWithdrawn) {
+						t.Errorf("got %v", err)
+					}
+					if r := record(t, e, ada); len(r.History) < 2 || notes(t, e, "reserved") != 1 {
+						t.Errorf("%+v", r)
+					}
+				})
+			})
+		}
+	}
+}
+
+func TestAPhaseThatADeployHasPutBehindAnotherWithdrawsNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		path := storePath(t)
+		e := open(t, path, nil)
+		hang := func(ctx context.Context, _ string, _ *transfer) error { <-ctx.Done(); return ctx.Err() }
+		if _, err := register(t, e, transferPhase{To: "payout_sent", Effect: hang}, transferPhase{To: Finished}).Start(ctx, ada, request); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		if err := e.Close(); err != nil {
+			t.Fatal(err)
+		}
+		e = open(t, path, nil)
+		withdraws := func(context.Context, string, *transfer) error { return Withdraw(errLimited) }
+		m := register(t, e, landmark1, transferPhase{To: "payout_sent", Effect: withdraws, Retry: RetryPolicy{InRun: -1}}, transferPhase{To: Finished})
+		_, err := m.Do(ctx, ada, request)
+		var stopped *PhaseError
+		if !errors.As(err, &stopped) || stopped.Before != "payout_sent" || errors.Is(err, ErrWithdrawn) {
+			t.Errorf("got %v", err)
+		}
+		record(t, e, ada)
+	})
+}
+
+func TestAWithdrawalCountsDuringAShutdown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		path := storePath(t)
+		e := open(t, path, nil)
+		m := register(t, e, transferPhase{To: Finished, Effect: func(ctx context.Context, _ string, _ *transfer) error {
+			<-ctx.Done()
+			return Withdraw(errLimited)
+		}})
+		run, err := m.Start(ctx, ada, request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := e.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := run.Wait(ctx); !errors.Is(err, ErrWithdrawn) {
+			t.Error(err)
+		}
+		e = open(t, path, nil)
+		if _, err := e.Key(ctx, ada); !errors.Is(err, ErrNotFound) {
+			t.Error(err)
+		}
+	})
+}
+
+func TestEverybodyWhoWaitsForAWithdrawnRequestIsTold(t *testing.T) {
+	for by, start := range map[string]bool{"an effect": true, "a commit": false} { // whether the claim is durable before
+		t.Run(by, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := openGated(t, &gated{before: func() { time.Sleep(time.Second) }})
+				m := register(t, e, withdrawing(Withdraw(errLimited))[by]...)
+				var callers sync.WaitGroup
+				for range 5 {
+					callers.Go(func() {
+						if _, err := m.Do(ctx, ada, request); !errors.Is(err, ErrWithdrawn) || !errors.Is(err, errLimited) {
+							t.Errorf("Do: %v", err)
+						}
+					})
+					callers.Go(func() {
+						run, err := m.Start(ctx, ada, request)
+						if start != (err == nil) {
+							t.Errorf("Start: %v", err)
+						}
+						if err == nil {
+							_, err = run.Wait(ctx)
+						}
+						if !errors.Is(err, ErrWithdrawn) || !errors.Is(err, errLimited) {
+							t.Errorf("Start and Wait: %v", err)
+						}
+					})
+				}
+				callers.Wait()
+				if s, err := e.Stats(ctx); err != nil || s.Counts != (Counts{}) {
+					t.Errorf("%+v, %v", s, err)
+				}
+			})
+		})
+	}
+}
+
+func TestStartReturnsTheRunOfAClaimThatWasDurableAlsoWhenItIsWithdrawnMeanwhile(t *testing.T) {
+	e := open(t, storePath(t), nil)
+	m := register(t, e, withdrawing(Withdraw(errLimited))["an effect"]...)
+	for range 200 { // both channels are ready, more often than not
+		run, err := m.Start(ctx, ada, request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := run.Wait(ctx); !errors.Is(err, ErrWithdrawn) {
+			t.Fatal(err)
+		}
+	}
+}
+
+// A gated store calls before ahead of every Update, and gives out its records through around. Either may be nil.
+type gated struct {
+	*boltStore
+	before func()
+	around func(Keys) Keys
+}
+
+func (g *gated) Update(ctx context.Context, fn func(tx *bbolt.Tx) error) error {
+	if g.before != nil {
+		g.before()
+	}
+	return g.boltStore.Update(ctx, fn)
+}
+
+func (g *gated) Keys(tx *bbolt.Tx) Keys {
+	k := g.boltStore.Keys(tx)
+	if g.around != nil {
+		k = g.around(k)
+	}
+	return k
+}
+
+// openGated opens an engine on a gated store, which it fills in.
+func openGated(t *testing.T, g *gated) *Engine[*bbolt.Tx] {
+	t.Helper()
+	o := (&Options{Logger: quiet}).orDefault()
+	var err error
+	if g.boltStore, err = openBolt(storePath(t), o); err != nil {
+		t.Fatal(err)
+	}
+	e, err := New[*bbolt.Tx](g, &o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := e.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return e
+}
+
+func TestAWithdrawalThatCannotBeWrittenLosesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		sent := 0
+		full := true
+		e := openGated(t, &gated{around: func(k Keys) Keys {
+			return &faultyKeys{Keys: k, remove: func(r Record) error {
+				if full {
+					return ErrStorageFull
+				}
+				return k.Delete(r)
+			}}
+		}})
+		m := register(t, e, transferPhase{To: Finished, Effect: func(context.Context, string, *transfer) error { sent++; return Withdraw(errLimited) }})
+		_, err := m.Do(ctx, ada, request)
+		var stopped *PhaseError
+		if !errors.Is(err, ErrStorageFull) || !errors.As(err, &stopped) || errors.Is(err, ErrWithdrawn) {
+			t.Errorf("got %v", err)
+		}
+		if r := record(t, e, ada); r.Status != Running || r.Refusal != nil || sent != 1 {
+			t.Errorf("%+v, sent %d times", r, sent)
+		}
+		full = false
+		if err := e.Resume(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := e.Key(ctx, ada); !errors.Is(err, ErrNotFound) || sent != 2 {
+			t.Errorf("%v, sent %d times", err, sent)
+		}
+	})
+}
+
+func TestAHolderThatIsFencedOutWithdrawsNothing(t *testing.T) {
+	e := open(t, storePath(t), nil)
+	m := register(t, e, transferPhase{To: Finished, Effect: func(context.Context, string, *transfer) error {
+		taken := func(r Record) ([]event, error) { return []event{{kind: claim, epoch: r.Epoch + 1}}, nil }
+		return errors.Join(e.change(ctx, ada, taken), Withdraw(errLimited))
+	}})
+	if _, err := m.Do(ctx, ada, request); !errors.Is(err, ErrFenced) || errors.Is(err, ErrWithdrawn) {
+		t.Errorf("got %v", err)
+	}
+	if r := record(t, e, ada); r.Status != Running || r.Epoch != e.epoch+1 {
+		t.Errorf("%+v", r)
+	}
+}
+
+func TestAPhaseThatPassesOnAnotherKeysErrorHasMarkedNothingItself(t *testing.T) {
+	other := Key{"ada", "other"}
+	for name, test := range map[string]struct {
+		first, second error // of the other machine's phases
+	}{
+		"a withdrawal":                         {first: Withdraw(errLimited)},
+		"a withdrawal with Final in it":        {first: Withdraw(Final(errLimited))},
+		"a later phase's that was not heeded":  {second: Withdraw(errLimited)},
+		"the same, wrapped in what is its own": {second: fmt.Errorf("processor: %w", Withdraw(errLimited))},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := open(t, storePath(t), nil)
+				inner, err := Register(e, "inner", []transferPhase{
+					{To: "noted", Effect: func(context.Context, string, *transfer) error { return test.first }, Retry: RetryPolicy{InRun: -1}},
+					{To: Finished, Effect: func(context.Context, string, *transfer) error { return test.second }, Retry: RetryPolicy{InRun: -1}},
+				})
+				if err != nil {
+					t.Fatal(err)
+				}
+				m := register(t, e, transferPhase{To: Finished, Retry: RetryPolicy{InRun: -1, Initial: time.Hour, Max: time.Hour},
+					Effect: func(ctx context.Context, _ string, s *transfer) error {
+						_, err := inner.Do(ctx, other, *s)
+						return fmt.Errorf("inner: %w", err)
+					}})
+				_, err = m.Do(ctx, ada, request)
+				var stopped *PhaseError
+				if !errors.As(err, &stopped) || stopped.Key != ada || !errors.Is(err, errLimited) || IsFinal(err) {
+					t.Errorf("got %v", err)
+				}
+				if r := record(t, e, ada); r.Status != Waiting {
+					t.Errorf("%+v", r)
+				}
+			})
+		})
+	}
+}
+
+func TestAStagedKeyMayBeWithdrawn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var told atomic.Int32
+		e := open(t, storePath(t), &Options{Observer: &Observer{Withdrawn: func(Event) { told.Add(1) }}})
+		receipts, err := Register(e, "receipt", withdrawing(Withdraw(errLimited))["a commit"])
+		if err != nil {
+			t.Fatal(err)
+		}
+		m := register(t, e, transferPhase{To: Finished, Commit: func(_ context.Context, tx *bbolt.Tx, s *transfer) error {
+			return Stage(tx, receipts, Key{"receipt", s.From}, *s)
+		}})
+		if _, err := m.Do(ctx, ada, request); err != nil {
+			t.Fatal(err)
+		}
+		if err := e.Resume(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if s, err := e.Stats(ctx); err != nil || s.Counts != (Counts{Finished: 1}) || told.Load() != 1 {
+			t.Errorf("%+v, %v, told %d times", s, err, told.Load())
+		}
+		checkStore(t, e)
+	})
+}
+
+func TestAMemberThatWithdrawsHarmsNobodyInItsGroup(t *testing.T) {
+	e := open(t, storePath(t), nil)
+	m := register(t, e, transferPhase{To: Finished, Commit: func(ctx context.Context, tx *bbolt.Tx, s *transfer) error {
+		if s.Cents%3 == 0 {
+			return errors.Join(note("counted")(ctx, tx, s), Withdraw(errLimited))
+		}
+		return note("counted")(ctx, tx, s)
+	}})
+	var wg sync.WaitGroup
+	for i := range int64(300) {
+		wg.Go(func() {
+			_, err := m.Do(ctx, Key{Scope: "ada", ID: fmt.Sprint(i)}, transfer{From: "ada", Cents: i})
+			if withdrawn := i%3 == 0; withdrawn != errors.Is(err, ErrWithdrawn) || !withdrawn && err != nil {
+				t.Errorf("%d: %v", i, err)
+			}
+		})
+	}
+	wg.Wait()
+	if s, err := e.Stats(ctx); err != nil || s.Counts != (Counts{Finished: 200}) || notes(t, e, "counted") != 200 {
+		t.Errorf("%+v, %v, %d rows", s, err, notes(t, e, "counted"))
+	}
+	checkStore(t, e)
+}
+
 func TestAnIgnoredErrorLeavesNothingOfThePhaseButItsPoint(t *testing.T) {
 	for name, ignored := range map[string]transferPhase{
 		"of an effect": {To: "receipt_sent", OnError: Ignore, Commit: note("receipt"), Effect: func(_ context.Context, _ string, s *transfer) error {
@@ -1283,6 +1722,404 @@ func TestAFieldAddedInAReleaseMakesNoStrangerOfAnHonestRetry(t *testing.T) {
 	_, two, _ := new.encode(after{List: []string{"a", ""}})
 	if one == two {
 		t.Error("two requests with one fingerprint")
+	}
+}
+
+func TestFindGivesWhatIsThere(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := open(t, storePath(t), nil)
+		proceed := make(chan error)
+		phases := three(func(context.Context, string, *transfer) error { return <-proceed })
+		phases[1].Retry = RetryPolicy{InRun: -1, Initial: time.Hour, Max: time.Hour}
+		m := register(t, e, phases...)
+		first, err := m.Start(ctx, ada, request)
+		if err != nil || first.Joined() || first.Replayed() {
+			t.Fatalf("the first: %v", err)
+		}
+
+		second, err := m.Find(ctx, ada, request)
+		third, err3 := m.Start(ctx, ada, request)
+		if err != nil || err3 != nil || !second.Joined() || second.Replayed() || !third.Joined() {
+			t.Fatalf("under way: %v, %v", err, err3)
+		}
+		proceed <- errDown
+		for _, run := range []*Run[transfer]{first, second, third} {
+			if _, err := run.Wait(ctx); !errors.Is(err, errDown) {
+				t.Errorf("under way: %v", err)
+			}
+		}
+
+		asked := time.Now()
+		fourth, err := m.Find(ctx, ada, request)
+		if err != nil || fourth.Joined() || fourth.Replayed() {
+			t.Fatalf("waiting: %v", err)
+		}
+		proceed <- nil
+		answer, err := fourth.Wait(ctx)
+		if err != nil || answer.Cents != request.Cents || time.Since(asked) > time.Minute || notes(t, e, "settled") != 1 {
+			t.Errorf("waiting: %+v, %v", answer, err)
+		}
+
+		before := record(t, e, ada)
+		fifth, err := m.Find(ctx, ada, request)
+		if err != nil || fifth.Joined() || !fifth.Replayed() {
+			t.Fatalf("finished: %v", err)
+		}
+		if again, err := fifth.Wait(ctx); err != nil || !reflect.DeepEqual(again, answer) || !reflect.DeepEqual(record(t, e, ada), before) {
+			t.Errorf("finished: %+v, %v", again, err)
+		}
+	})
+}
+
+func TestFindCarriesOnWhatAProcessLeft(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		path, token := interrupted(t, asIs)
+		e := open(t, path, nil)
+		var p processor
+		run, err := register(t, e, three(p.pay)...).Find(ctx, ada, request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if answer, err := run.Wait(ctx); err != nil || answer.Payout == "" || !slices.Equal(p.tokens(), []string{token}) {
+			t.Errorf("%+v, %v, sent under %v and before the crash under %s", answer, err, p.tokens(), token)
+		}
+	})
+}
+
+func TestFindBeginsNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var events atomic.Int32
+		count := func(Event) { events.Add(1) }
+		e := open(t, storePath(t), &Options{Observer: &Observer{Claimed: count, Grouped: count, Replayed: count}})
+		m := register(t, e, transferPhase{To: Finished, Effect: func(context.Context, string, *transfer) error { t.Error("it has begun"); return nil }})
+		if _, err := m.Find(ctx, ada, request); !errors.Is(err, ErrNotFound) {
+			t.Errorf("got %v", err)
+		}
+		if _, err := m.Find(ctx, Key{}, request); !errors.Is(err, ErrInvalidKey) {
+			t.Errorf("an empty key: %v", err)
+		}
+		ended, cancel := context.WithCancel(ctx)
+		cancel()
+		if _, err := m.Find(ended, ada, request); !errors.Is(err, context.Canceled) {
+			t.Errorf("a caller that has gone: %v", err)
+		}
+		if s, err := e.Stats(ctx); err != nil || s.Counts != (Counts{}) || events.Load() != 0 {
+			t.Errorf("%+v, %v, %d events", s, err, events.Load())
+		}
+	})
+}
+
+func TestFindRefusesWhatBelongsToAnotherRequestOrIsParked(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := open(t, storePath(t), nil)
+		m := register(t, e, transferPhase{To: Finished, Retry: RetryPolicy{Attempts: 2, Initial: time.Second}, Effect: func(context.Context, string, *transfer) error {
+			time.Sleep(time.Second)
+			return errDown
+		}})
+		other, err := Register(e, "refund", three(nil))
+		if err != nil {
+			t.Fatal(err)
+		}
+		run, err := m.Start(ctx, ada, request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		mismatch := func() {
+			t.Helper()
+			if _, err := m.Find(ctx, ada, transfer{From: "eve"}); !errors.Is(err, ErrMismatch) {
+				t.Errorf("another request: %v", err)
+			}
+			if _, err := other.Find(ctx, ada, request); !errors.Is(err, ErrMismatch) {
+				t.Errorf("another machine: %v", err)
+			}
+		}
+		mismatch()
+		if _, err := run.Wait(ctx); !errors.Is(err, ErrParked) {
+			t.Fatal(err)
+		}
+		mismatch()
+		if _, err := m.Find(ctx, ada, request); !errors.Is(err, ErrParked) {
+			t.Errorf("parked: %v", err)
+		}
+	})
+}
+
+// vanish deletes ada's record behind the engine's back.
+func vanish(t *testing.T, s *boltStore) {
+	t.Helper()
+	err := s.Update(ctx, func(tx *bbolt.Tx) error {
+		k := s.Keys(tx)
+		r, err := k.Get(ada)
+		if err != nil {
+			return err
+		}
+		if r, err = r.next(event{kind: claim, epoch: r.Epoch}, event{kind: refuse, at: now()}); err != nil {
+			return err
+		}
+		return errors.Join(k.Put(&r), k.Delete(r))
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+func TestAKeyThatIsGoneBeforeItsClaimIsNotBegunByFindAndIsByDo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var armed atomic.Bool
+		reached, proceed := make(chan bool), make(chan bool)
+		g := &gated{before: func() {
+			if armed.CompareAndSwap(true, false) {
+				reached <- true
+				<-proceed
+			}
+		}}
+		e := openGated(t, g)
+		down := true
+		var tokens []string
+		m := register(t, e, transferPhase{To: Finished, Retry: RetryPolicy{InRun: -1, Initial: time.Hour, Max: time.Hour}, Effect: func(_ context.Context, token string, _ *transfer) error {
+			tokens = append(tokens, token)
+			if down {
+				return errDown
+			}
+			return nil
+		}})
+		if _, err := m.Do(ctx, ada, request); !errors.Is(err, errDown) {
+			t.Fatal(err)
+		}
+		down = false
+		armed.Store(true)
+		var callers sync.WaitGroup
+		callers.Go(func() {
+			if _, err := m.Find(ctx, ada, request); !errors.Is(err, ErrNotFound) {
+				t.Errorf("Find: %v", err)
+			}
+		})
+		<-reached // the key was there when Find looked
+		callers.Go(func() {
+			if _, err := m.Do(ctx, ada, request); err != nil {
+				t.Errorf("Do: %v", err)
+			}
+		})
+		callers.Go(func() {
+			run, err := m.Start(ctx, ada, request)
+			if err != nil {
+				t.Errorf("Start: %v", err)
+				return
+			}
+			if _, err := run.Wait(ctx); err != nil {
+				t.Errorf("Start: %v", err)
+			}
+		})
+		callers.Go(func() {
+			if _, err := m.Find(ctx, ada, request); !errors.Is(err, ErrNotFound) {
+				t.Errorf("Find, joining: %v", err)
+			}
+		})
+		synctest.Wait()
+		vanish(t, g.boltStore)
+		close(proceed)
+		callers.Wait()
+		if len(tokens) != 2 || tokens[0] == tokens[1] {
+			t.Errorf("tokens: %v", tokens)
+		}
+	})
+}
+
+func TestFindAloneDoesNotMakeAKeyThatIsGoneBeforeItsClaim(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var armed atomic.Bool
+		g := new(gated)
+		g.before = func() {
+			if armed.CompareAndSwap(true, false) {
+				vanish(t, g.boltStore)
+			}
+		}
+		e := openGated(t, g)
+		m := register(t, e, transferPhase{To: Finished, Retry: RetryPolicy{InRun: -1, Initial: time.Hour, Max: time.Hour}, Effect: func(context.Context, string, *transfer) error { return errDown }})
+		if _, err := m.Do(ctx, ada, request); !errors.Is(err, errDown) {
+			t.Fatal(err)
+		}
+		armed.Store(true)
+		if _, err := m.Find(ctx, ada, request); !errors.Is(err, ErrNotFound) {
+			t.Errorf("got %v", err)
+		}
+		if s, err := e.Stats(ctx); err != nil || s.Counts != (Counts{}) || s.Queued != 0 {
+			t.Errorf("%+v, %v", s, err)
+		}
+	})
+}
+
+func TestAPhaseKnowsItsKey(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := open(t, storePath(t), nil)
+		var mu sync.Mutex
+		seen := map[string][]Key{}
+		see := func(ctx context.Context, where string) {
+			mu.Lock()
+			defer mu.Unlock()
+			if key := KeyOf(ctx); !slices.Contains(seen[where], key) {
+				seen[where] = append(seen[where], key)
+			}
+		}
+		lost := map[string]bool{}
+		m := register(t, e,
+			transferPhase{To: "noted", Commit: func(ctx context.Context, _ *bbolt.Tx, _ *transfer) error { see(ctx, "first commit"); return nil }},
+			transferPhase{To: Finished, Timeout: -1,
+				Effect: func(ctx context.Context, token string, _ *transfer) error {
+					see(ctx, "effect")
+					mu.Lock()
+					defer mu.Unlock()
+					if !lost[token] {
+						lost[token] = true
+						return errDown
+					}
+					return nil
+				},
+				Reconcile: func(ctx context.Context, _ string, _ *transfer) (Outcome, error) {
+					see(ctx, "Reconcile")
+					return NotDone, nil
+				},
+				Commit: func(ctx context.Context, _ *bbolt.Tx, _ *transfer) error { see(ctx, "commit"); return nil },
+			})
+		keys := []Key{ada, {ID: "no scope"}}
+		for _, key := range keys {
+			if _, err := m.Do(ctx, key, request); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, where := range []string{"first commit", "effect", "Reconcile", "commit"} {
+			if !slices.Equal(seen[where], keys) {
+				t.Errorf("%s: %v", where, seen[where])
+			}
+		}
+		if key := KeyOf(ctx); key != (Key{}) {
+			t.Errorf("elsewhere: %v", key)
+		}
+	})
+}
+
+// What a client sent, and what the server made of it.
+type (
+	byValue struct {
+		Body   string
+		Minted string
+	}
+	byPointer byValue
+)
+
+func (b byValue) Fingerprint() []byte    { return []byte(b.Body) }
+func (b *byPointer) Fingerprint() []byte { return []byte(b.Body) }
+
+func TestAFingerprinterSaysItselfWhatTellsItsRequestFromAnother(t *testing.T) {
+	e := open(t, storePath(t), nil)
+	compareBySent(t, e, "by value", func(body, minted string) byValue { return byValue{body, minted} })
+	compareBySent(t, e, "by pointer", func(body, minted string) byPointer { return byPointer{body, minted} })
+	compareBySent(t, e, "a pointer", func(body, minted string) *byPointer { return &byPointer{body, minted} })
+}
+
+func compareBySent[S any](t *testing.T, e *Engine[*bbolt.Tx], name string, sent func(body, minted string) S) {
+	t.Run(name, func(t *testing.T) {
+		m, err := Register(e, name, []Phase[*bbolt.Tx, S]{{To: Finished}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		key := Key{name, "1"}
+		first, err := m.Do(ctx, key, sent("pay bob", "7"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if again, err := m.Do(ctx, key, sent("pay bob", "8")); err != nil || !reflect.DeepEqual(again, first) {
+			t.Errorf("the same request: %+v, %v", again, err)
+		}
+		if run, err := m.Find(ctx, key, sent("pay bob", "")); err != nil || !run.Replayed() {
+			t.Errorf("the same request is found: %v", err)
+		}
+		if _, err := m.Do(ctx, key, sent("pay eve", "7")); !errors.Is(err, ErrMismatch) {
+			t.Errorf("another request: %v", err)
+		}
+		if _, err := m.Find(ctx, key, sent("pay eve", "7")); !errors.Is(err, ErrMismatch) {
+			t.Errorf("another request is found: %v", err)
+		}
+		key.ID = "nothing of its own"
+		if _, err := m.Do(ctx, key, sent("", "7")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := m.Do(ctx, key, sent("", "7")); err != nil {
+			t.Errorf("the same state: %v", err)
+		}
+		if _, err := m.Do(ctx, key, sent("", "8")); !errors.Is(err, ErrMismatch) {
+			t.Errorf("another state: %v", err)
+		}
+		key.ID = "staged"
+		stage := func(s S) error {
+			return e.Update(ctx, func(tx *bbolt.Tx) error { return Stage(tx, m, key, s) })
+		}
+		if err := errors.Join(stage(sent("pay bob", "7")), stage(sent("pay bob", "8"))); err != nil {
+			t.Errorf("staged again: %v", err)
+		}
+		if err := stage(sent("pay eve", "7")); !errors.Is(err, ErrMismatch) {
+			t.Errorf("another staged: %v", err)
+		}
+		if answer, err := m.Do(ctx, key, sent("pay bob", "9")); err != nil || !reflect.DeepEqual(answer, first) {
+			t.Errorf("what was staged: %+v, %v", answer, err)
+		}
+	})
+}
+
+// A release that changed a fingerprint would make a stranger of every honest retry.
+func TestFingerprintsStayAsTheyAre(t *testing.T) {
+	e := open(t, storePath(t), nil)
+	own, err := Register(e, "payment", []Phase[*bbolt.Tx, byValue]{{To: Finished}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	whole, err := Register(e, "transfer", []transferPhase{{To: Finished}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, a, err := own.encode(byValue{Body: "pay bob"})
+	_, b, err2 := own.encode(byValue{Minted: "7"})
+	_, c, err3 := whole.encode(request)
+	if err := errors.Join(err, err2, err3); err != nil {
+		t.Fatal(err)
+	}
+	for what, test := range map[string]struct {
+		got  [16]byte
+		want string
+	}{
+		"its own":            {a, "b2c5cb4f6c3fb90192d21d0f0411ed86"},
+		"nothing of its own": {b, "949747879c454d2c7c26c79cbc7645ed"},
+		"of the whole state": {c, "bd71f2f9f78c0dfb26034fe2fe22839f"},
+	} {
+		if got := fmt.Sprintf("%x", test.got); got != test.want {
+			t.Errorf("%s: %s, was %s", what, got, test.want)
+		}
+	}
+}
+
+func TestOnlyAMarkedErrorIsFinal(t *testing.T) {
+	mark := Final(errDown)
+	for name, test := range map[string]struct {
+		err  error
+		want bool
+	}{
+		"none":                         {nil, false},
+		"unmarked":                     {errDown, false},
+		"marked":                       {mark, true},
+		"marked within":                {fmt.Errorf("processor: %w", mark), true},
+		"one of two":                   {errors.Join(errDown, mark), true},
+		"marked to be withdrawn":       {Withdraw(errDown), false},
+		"another key's answer":         {&FinalError{Key: ada, Reason: "declined"}, false},
+		"what another key stopped at":  {&PhaseError{Key: ada, Err: mark}, false},
+		"another key's withdrawal":     {fmt.Errorf("inner: %w", &withdrawal{key: ada, err: mark}), false},
+		"beside another key's trouble": {errors.Join(&PhaseError{Key: ada, Err: errDown}, mark), true},
+	} {
+		if got := IsFinal(test.err); got != test.want {
+			t.Errorf("%s: %t", name, got)
+		}
+	}
+	if Final(nil) != nil {
+		t.Error("Final(nil) is not nil")
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"reflect"
 	"strings"
 )
 
@@ -175,13 +176,23 @@ func (m *Machine[S]) encode(request S) (b []byte, print [16]byte, err error) {
 	if b, err = encodeState(&request, m.core.limit()); err != nil {
 		return nil, print, err
 	}
-	if f, ok := any(&request).(Fingerprinter); ok {
-		if own := f.Fingerprint(); len(own) > 0 {
-			return b, ownFingerprint(m.name, own), nil
-		}
+	if own := ownPrint(&request); len(own) > 0 {
+		return b, ownFingerprint(m.name, own), nil
 	}
 	print, err = fingerprint(m.name, b)
 	return b, print, err
+}
+
+// ownPrint is what a request says itself that tells it from another one, if it does.
+func ownPrint[S any](request *S) []byte {
+	f, ok := any(request).(Fingerprinter)
+	if !ok && reflect.TypeFor[S]().Kind() == reflect.Pointer { // a pointer to it has no methods
+		f, ok = any(*request).(Fingerprinter)
+	}
+	if !ok {
+		return nil
+	}
+	return f.Fingerprint()
 }
 
 // Stage starts another key inside a Commit, or inside [Engine.Update], in the same transaction: the transactional
