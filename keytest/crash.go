@@ -27,8 +27,8 @@ type Case[Tx, S any] struct {
 	// Request is what the client asks for.
 	Request S
 
-	// Check says what is wrong with the store and the answer when the key has ended; err is nil, or a [*keystate.FinalError].
-	// That both are as in the run without a fault is checked besides. Default: nothing is wrong.
+	// Check says what is wrong with the store and the answer when the key has ended; err is nil, or a [*keystate.FinalError], or
+	// [keystate.ErrWithdrawn] when the first phase withdraws the request however often the client asks. That both are as in the run without a fault is checked besides. Default: nothing is wrong.
 	Check func(tx Tx, answer S, err error) error
 
 	// Outside is what the outside world has come to, for a program that does not use the [World]: any value that can be

@@ -3,6 +3,7 @@ package keytest
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
@@ -144,6 +145,57 @@ func TestNothingIsFoundInCorrectPhases(t *testing.T) {
 				})
 			})
 		}},
+		{"a request that the first commit withdraws", func(w *World) testCase {
+			return caseOf(func(*engine) []phase {
+				return with(w, 0, func(p *phase) {
+					p.Commit = func(ctx context.Context, tx *bbolt.Tx, s *transfer) error {
+						return errors.Join(reserve(ctx, tx, s), keystate.Withdraw(errFault))
+					}
+				})
+			})
+		}},
+		{"a request that the first effect withdraws", func(w *World) testCase {
+			c := caseOf(func(*engine) []phase {
+				phases := sound(w)[1:]
+				phases[0].Effect = func(context.Context, string, *transfer) error { return keystate.Withdraw(errFault) }
+				return phases
+			})
+			c.Check = func(tx *bbolt.Tx, answer transfer, err error) error {
+				if !errors.Is(err, keystate.ErrWithdrawn) || answer != (transfer{}) || balance(tx, "bob") != 0 {
+					return fmt.Errorf("it ends with %+v, %v", answer, err)
+				}
+				return nil
+			}
+			return c
+		}},
+		{"a request that the first commit withdraws after its effect has found out that there is nothing to do", func(w *World) testCase {
+			return caseOf(func(*engine) []phase {
+				return []phase{
+					{To: "limits_checked", Effect: func(_ context.Context, _ string, s *transfer) error { s.Payout = "over the limit"; return nil },
+						Commit: func(_ context.Context, _ *bbolt.Tx, s *transfer) error {
+							return keystate.Withdraw(errors.New(s.Payout))
+						}},
+					{To: keystate.Finished, Commit: settle},
+				}
+			})
+		}},
+		{"a world that fails at first, and a request that is withdrawn until it does not", func(w *World) testCase {
+			w.FailNext(1)
+			return caseOf(func(*engine) []phase {
+				return []phase{
+					{To: "payout_sent", Effect: func(ctx context.Context, token string, s *transfer) error {
+						if err := pay(w)(ctx, token, s); errors.Is(err, ErrFailed) {
+							return keystate.Withdraw(err)
+						} else {
+							return err
+						}
+					}},
+					{To: keystate.Finished, Commit: func(ctx context.Context, tx *bbolt.Tx, s *transfer) error {
+						return cmp.Or(reserve(ctx, tx, s), settle(ctx, tx, s))
+					}},
+				}
+			})
+		}},
 		{"a refusal by the world, after which the money goes back", func(w *World) testCase {
 			return caseOf(func(*engine) []phase {
 				phases := sound(w)
@@ -270,6 +322,20 @@ func TestBrokenPhasesAreFound(t *testing.T) {
 				})
 			})
 		}, []string{`killed after the effect of payout_sent`, `has done "pay bob 500" twice`, "does not pass its token on"}},
+
+		{"an effect withdraws a request of which it cannot know that nothing has come", func(w *World) testCase {
+			w.LoseNext(1)
+			return caseOf(func(*engine) []phase {
+				return []phase{
+					{To: "payout_sent", Effect: func(ctx context.Context, token string, s *transfer) error {
+						return keystate.Withdraw(pay(w)(ctx, token, s))
+					}},
+					{To: keystate.Finished, Commit: func(ctx context.Context, tx *bbolt.Tx, s *transfer) error {
+						return cmp.Or(reserve(ctx, tx, s), settle(ctx, tx, s))
+					}},
+				}
+			})
+		}, []string{`the request is withdrawn, although the world has done it: "pay bob 500 #1"`, "a sure no"}},
 
 		{"an effect sends something else with every attempt", func(w *World) testCase {
 			return caseOf(func(*engine) []phase {

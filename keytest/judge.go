@@ -23,6 +23,7 @@ type outcome struct {
 	happened  map[string]bool        // effects, by the point they lead to
 	parked    error                  // the key rests there, and may
 	refused   bool
+	withdrawn string // what the client is told of it, if it is
 
 	deploys, pairs bool
 	tokenLife      time.Duration

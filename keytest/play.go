@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"strconv"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -27,6 +28,7 @@ type play[Tx, S any] struct {
 	outcome *outcome
 	last    *remains // what the last phase has left in the state; only kept without faults
 	answer  map[string]string
+	token   string // of the first phase's effect, as it ran last
 }
 
 // What remains of a phase is the state as it has left it.
@@ -120,6 +122,26 @@ func (p *play[Tx, S]) entering(at place, s *S) {
 	}
 }
 
+// sending keeps the token of the first phase's effect.
+func (p *play[Tx, S]) sending(at place, token string) {
+	if at.phase == 0 {
+		p.mu.Lock()
+		p.token = token
+		p.mu.Unlock()
+	}
+}
+
+// forgets looks at what the first phase withdraws: nothing may have come of it.
+func (p *play[Tx, S]) forgets() {
+	p.mu.Lock()
+	token := p.token
+	p.mu.Unlock()
+	if receipt, done := p.world.Find(token); done {
+		p.find(fmt.Sprintf("the request is withdrawn, although the world has done it: %q", receipt),
+			"keystate.Withdraw says that nothing has come of the request: an effect returns it for a sure no, and for nothing else")
+	}
+}
+
 // leaving keeps the state as a phase has left it.
 func (p *play[Tx, S]) leaving(at place, s *S) {
 	p.mu.Lock()
@@ -165,19 +187,27 @@ func (p *process[Tx, S]) live() (end bool) {
 		return false
 	}
 	answer, err := p.carry()
+	if p.over() { // a request that is withdrawn is made anew
+		return false
+	}
 	p.hear(answer, err)
 	p.conclude(answer, err)
 	return true
 }
 
-// carry asks as a client does, and acts as an operator would on a parked key, until there is an answer or the process ends.
+// carry asks as a client does, and acts as an operator would on a parked key, until there is an answer or the process ends. A
+// request that is withdrawn is made once more: it may be its time by then.
 func (p *process[Tx, S]) carry() (answer S, err error) {
-	const patience = 8
+	const patience, pause = 8, time.Second
 	ctx := context.Background()
+	withdrawals := 0
 	for range patience {
 		answer, err = p.machine.Do(ctx, p.play.subject.key(), p.play.subject.Request)
 		var stopped *keystate.PhaseError
 		switch {
+		case !p.over() && withdrawals == 0 && errors.Is(err, keystate.ErrWithdrawn):
+			withdrawals++
+			time.Sleep(pause)
 		case p.over() || !errors.As(err, &stopped):
 			return answer, err
 		case stopped.Reason == "":
@@ -231,6 +261,8 @@ func (p *process[Tx, S]) conclude(answer S, err error) {
 	switch {
 	case refusal(err) != nil:
 		o.refused = true
+	case errors.Is(err, keystate.ErrWithdrawn):
+		o.withdrawn = err.Error()
 	case errors.As(err, &stopped) && (stopped.Reason == keystate.Indeterminate || stopped.Reason == keystate.TokenExpired):
 		o.parked = err // that is honest: an effect may have happened that must not happen twice
 	case err != nil:
@@ -259,6 +291,9 @@ func (p *process[Tx, S]) conclude(answer S, err error) {
 		maps.Copy(written, under(outside, leaves(p.play.subject.Outside())))
 	}
 	maps.Copy(written, p.play.answer)
+	if o.withdrawn != "" {
+		written["the withdrawal"] = strconv.Quote(o.withdrawn)
+	}
 	o.leaves = written
 }
 

@@ -199,6 +199,7 @@ func (p *process[Tx, S]) effect(ctx context.Context, token string, s *S, at plac
 		<-ctx.Done()
 	}
 	p.play.entering(at, s)
+	p.play.sending(at, token)
 	if err := effect(ctx, token, s); err != nil {
 		return err
 	}
@@ -259,12 +260,15 @@ func (p *process[Tx, S]) Update(ctx context.Context, fn func(tx Tx) error) error
 		return errKilled
 	}
 	n, strikes := p.reach(place{kind: atWrite})
+	withdraws := false
 	run := func(tx Tx) error {
 		before := p.record(tx)
 		if err := fn(tx); err != nil {
 			return err
 		}
-		p.label(n, before, p.record(tx))
+		after := p.record(tx)
+		withdraws = before.Version > 0 && after.Version == 0
+		p.label(n, before, after)
 		return nil
 	}
 	var err error
@@ -275,6 +279,9 @@ func (p *process[Tx, S]) Update(ctx context.Context, fn func(tx Tx) error) error
 		err = p.twice(ctx, run)
 	default:
 		err = p.Store.Update(ctx, run)
+	}
+	if err == nil && withdraws {
+		p.play.forgets()
 	}
 	if err == nil && (strikes == killedBeforeWrite || strikes == killedAfterWrite || p.isToDie()) {
 		return p.die()
@@ -388,6 +395,8 @@ func movement(before, after keystate.Record) string {
 		return strings.Join(reached, " and ")
 	case before.Version == after.Version:
 		return "another key"
+	case after.Version == 0:
+		return "the withdrawal"
 	case before.Version == 0:
 		return "the claim"
 	case after.Status == keystate.Waiting:
