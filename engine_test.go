@@ -860,15 +860,24 @@ func TestEverybodyWhoWaitsForAWithdrawnRequestIsTold(t *testing.T) {
 }
 
 func TestStartReturnsTheRunOfAClaimThatWasDurableAlsoWhenItIsWithdrawnMeanwhile(t *testing.T) {
-	e := open(t, storePath(t), nil)
-	m := register(t, e, withdrawing(Withdraw(errLimited))["an effect"]...)
-	for range 200 { // both channels are ready, more often than not
-		run, err := m.Start(ctx, ada, request)
-		if err != nil {
-			t.Fatal(err)
+	for name, durable := range map[string]bool{"durable": true, "not durable": false} {
+		r := newRun(ada, "transfer", [16]byte{})
+		r.err = &withdrawal{key: ada, before: Finished, err: errLimited}
+		if durable {
+			r.announce()
 		}
-		if _, err := run.Wait(ctx); !errors.Is(err, ErrWithdrawn) {
-			t.Fatal(err)
+		close(r.done)
+		for range 100 { // whichever of the two channels is looked at
+			run, err := (&Run[transfer]{run: r}).claimed(ctx)
+			if durable != (err == nil) || !durable && !errors.Is(err, ErrWithdrawn) {
+				t.Fatalf("%s: %v", name, err)
+			}
+			if durable {
+				_, err = run.Wait(ctx)
+			}
+			if !errors.Is(err, ErrWithdrawn) {
+				t.Fatalf("%s: %v", name, err)
+			}
 		}
 	}
 }

@@ -194,6 +194,33 @@ func ExampleFinal() {
 	// true none keystate: ada/8e03 ended before "payout_sent": account closed
 }
 
+// What must not be saved as the answer is withdrawn: the key may be used again, as if nothing had been.
+func ExampleWithdraw() {
+	path, remove := tempStore()
+	defer remove()
+	busy := true
+	engine, transfers := openTransfers(path, []phase{
+		{To: "funds_reserved", Commit: func(ctx context.Context, tx *bbolt.Tx, t *Transfer) error {
+			if busy {
+				return keystate.Withdraw(errors.New("too many requests"))
+			}
+			return reserveFunds(ctx, tx, t)
+		}},
+		{To: keystate.Finished, Effect: sendPayout},
+	})
+	defer engine.Close()
+
+	ctx, key := context.Background(), keystate.Key{Scope: "ada", ID: "8e03c978"}
+	_, err := transfers.Do(ctx, key, Transfer{From: "ada", To: "bob", Cents: 20_00})
+	fmt.Println(errors.Is(err, keystate.ErrWithdrawn), err)
+	busy = false
+	answer, err := transfers.Do(ctx, key, Transfer{From: "ada", To: "bob", Cents: 20_00})
+	fmt.Println(answer.Payout, err)
+	// Output:
+	// true keystate: ada/8e03c978 withdrawn before "funds_reserved": too many requests
+	// po_1 <nil>
+}
+
 // The three answers to a failure: ignore it, pass it to the user, or try again.
 func ExampleErrorPolicy() {
 	path, remove := tempStore()

@@ -180,7 +180,7 @@ func TestNothingIsFoundInCorrectPhases(t *testing.T) {
 			})
 		}},
 		{"a world that fails at first, and a request that is withdrawn until it does not", func(w *World) testCase {
-			w.FailNext(1)
+			w.FailNext(2)
 			return caseOf(func(*engine) []phase {
 				return []phase{
 					{To: "payout_sent", Effect: func(ctx context.Context, token string, s *transfer) error {
