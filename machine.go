@@ -139,7 +139,7 @@ func (m *Machine[S]) Find(ctx context.Context, key Key, request S) (*Run[S], err
 	if err := key.validate(); err != nil {
 		return nil, err
 	}
-	_, print, err := m.encode(request)
+	print, err := m.fingerprint(request)
 	if err != nil {
 		return nil, err
 	}
@@ -181,6 +181,15 @@ func (m *Machine[S]) encode(request S) (b []byte, print [16]byte, err error) {
 	}
 	print, err = fingerprint(m.name, b)
 	return b, print, err
+}
+
+// fingerprint is encode's without the encoding, where that is not needed for it.
+func (m *Machine[S]) fingerprint(request S) ([16]byte, error) {
+	if own := ownPrint(&request); len(own) > 0 {
+		return ownFingerprint(m.name, own), nil
+	}
+	_, print, err := m.encode(request)
+	return print, err
 }
 
 // ownPrint is what a request says itself that tells it from another one, if it does.
