@@ -11,15 +11,6 @@ import (
 
 //go:generate go run . generate transfers.jsonl
 
-// openingBalances are the accounts and what is in them on the first day, in cents.
-var openingBalances = map[string]int64{
-	"ada": 2_000_00, "bob": 1_500_00, "carol": 1_200_00, "dan": 900_00, "erin": 1_100_00,
-	"frank": 300_00, "heidi": 700_00, "ivan": 20_00, "judy": 1_000_00, "mallory": 5_00,
-	"Zoë": 800_00, "Ólafur": 600_00, "李雷": 1_300_00, "محمد": 950_00, "Søren Å.": 400_00, "🦊 fox": 250_00,
-	"grace":                   100_000_00,
-	"declined@closed.example": 0,
-}
-
 // people are who pays and gets paid in the generated file; grace and declined@closed.example have parts of their own.
 var people = []string{
 	"ada", "bob", "carol", "dan", "erin", "frank", "heidi", "ivan", "judy", "mallory",

@@ -1,7 +1,23 @@
+// Transfer moves money between two users, and goes on moving it while its process is killed again and again.
+//
+//	go run ./examples/transfer
+//
+// starts a payment processor in a process of its own and a worker in another one, kills the worker with SIGKILL at random
+// moments until it has worked through a file of transfers, and then counts: every cent, every payout, every receipt. It
+// exits non-zero if one of them is missing or there twice.
+//
+// What a program that uses keystate writes is transfer.go in [example.com/keystate/examples/internal/money]: the request, its
+// phases, and what each of them does. The rest:
+//
+//	worker.go     the process that runs the phases
+//	main.go       the show: who starts whom, and the kills
+//	tally.go      the count at the end
+//	generate.go   how transfers.jsonl was made
+//	../internal   the other side of the effects, a payment processor with an HTTP interface and a ledger of its own; and
+//	              what else this program shares with examples/payments
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	_ "embed"
@@ -12,12 +28,15 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
+
+	"example.com/keystate/examples/internal/audit"
+	"example.com/keystate/examples/internal/child"
+	"example.com/keystate/examples/internal/processor"
 )
 
 // This file is the show: it starts the processor and one worker after another, kills the workers, and has it all
@@ -39,7 +58,7 @@ func run(args []string) error {
 	if len(args) > 0 && (args[0] == "processor" || args[0] == "worker") {
 		signal.Ignore(os.Interrupt) // a terminal sends it to all; the show ends its processes itself
 		if args[0] == "processor" {
-			return runProcessor(args[1:])
+			return processor.Run(args[1:])
 		}
 		return runWorker(args[1:])
 	}
@@ -61,11 +80,11 @@ type settings struct {
 	kills       int
 	concurrency int
 	seed        int64
-	faults      faults
+	faults      processor.Faults
 }
 
 // usualFaults are the shares of the processor's calls that go wrong.
-var usualFaults = faults{fail: 0.08, lose: 0.08, slow: 0.01}
+var usualFaults = processor.Faults{Fail: 0.08, Lose: 0.08, Slow: 0.01}
 
 func runShow(ctx context.Context, args []string) error {
 	s := settings{faults: usualFaults}
@@ -97,8 +116,8 @@ func runShow(ctx context.Context, args []string) error {
 		return err
 	}
 	t.print(table)
-	if len(t.wrong) > 0 {
-		return fmt.Errorf("seed %d: %d faults:\n\t%s", s.seed, len(t.wrong), strings.Join(t.wrong[:min(len(t.wrong), 20)], "\n\t"))
+	if len(t.Wrong) > 0 {
+		return fmt.Errorf("seed %d: %d faults:\n\t%s", s.seed, len(t.Wrong), strings.Join(t.Wrong[:min(len(t.Wrong), 20)], "\n\t"))
 	}
 	fmt.Fprintf(table, "\nEach payout and each receipt is there once, and every cent. (%.1f s, seed %d)\n", time.Since(began).Seconds(), s.seed)
 	return nil
@@ -178,7 +197,7 @@ func (s *show) prepare(ctx context.Context) (err error) {
 		return err
 	}
 	s.requests = len(s.lines)
-	if s.before, err = readBooks(ctx, s.store); err != nil {
+	if s.Before, err = audit.ReadBooks(ctx, s.store); err != nil {
 		return err
 	}
 	if s.history, err = os.OpenFile(s.historyPath(), os.O_RDWR|os.O_CREATE|os.O_APPEND, 0o600); err != nil {
@@ -193,7 +212,7 @@ func (s *show) prepare(ctx context.Context) (err error) {
 		}
 		s.given[a.request] = a
 	}
-	s.settledBefore = s.before.unfinished == 0
+	s.settledBefore = s.Before.Unfinished == 0
 	for _, l := range s.lines {
 		if _, ok := s.given[l.request]; !ok {
 			s.settledBefore = false
@@ -204,24 +223,25 @@ func (s *show) prepare(ctx context.Context) (err error) {
 
 // play runs the processes: the processor from beginning to end, and beside it one worker after another.
 func (s *show) play(ctx context.Context) error {
-	p, err := spawn(ctx, "processor", "-ledger", s.ledgerPath(), "-seed", fmt.Sprint(s.seed),
-		"-fail", fmt.Sprint(s.faults.fail), "-lose", fmt.Sprint(s.faults.lose), "-slow", fmt.Sprint(s.faults.slow))
+	faults := s.faults
+	faults.Seed = s.seed
+	p, err := child.Again(ctx, append([]string{"processor"}, faults.Args(s.ledgerPath())...)...)
 	if err != nil {
 		return err
 	}
-	s.address = <-p.lines
+	s.address = <-p.Lines
 	working, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	go func() {
-		for range p.lines {
+		for range p.Lines {
 		}
 		cancel(errors.New("the processor ended early"))
 	}()
 	err = s.workers(working)
 	if err == nil {
-		s.calls, err = (&client{url: s.address}).stats(ctx)
+		s.calls, err = (&processor.Client{URL: s.address}).Stats(ctx)
 	}
-	ended := p.dismiss()
+	ended := p.Wait()
 	if ctx.Err() != nil { // then it was killed, like all of them
 		return err
 	}
@@ -251,7 +271,7 @@ const (
 // work is one worker's life. The kills are spread over the file: a worker that is doomed dies a random moment after it
 // has answered a random number of lines that nobody has answered before, or has got to the end of them.
 func (s *show) work(ctx context.Context, doomed bool) error {
-	w, err := spawn(ctx, "worker", "-store", s.store, "-file", s.spool, "-processor", s.address, "-concurrency", fmt.Sprint(s.concurrency))
+	w, err := child.Again(ctx, "worker", "-store", s.store, "-file", s.spool, "-processor", s.address, "-concurrency", fmt.Sprint(s.concurrency))
 	if err != nil {
 		return err
 	}
@@ -268,7 +288,7 @@ func (s *show) work(ctx context.Context, doomed bool) error {
 	enough := len(s.seen) + s.rng.IntN(2*share+1)
 	s.answers = map[int]answer{}
 	killed, done := false, false
-	for lines := w.lines; lines != nil; {
+	for lines := w.Lines; lines != nil; {
 		select {
 		case text, ok := <-lines:
 			if !ok {
@@ -282,17 +302,17 @@ func (s *show) work(ctx context.Context, doomed bool) error {
 			err = errors.Join(err, s.take(r))
 			done = done || r.Done
 			if r.Done && !doomed {
-				w.leash.Close()
+				w.LetGo()
 			}
 			if (r.Ready || r.Answer != nil) && len(s.seen) >= enough || r.Done {
 				light(fuse)
 			}
 		case <-lit:
 			killed = true
-			err = errors.Join(err, w.cmd.Process.Kill())
+			err = errors.Join(err, w.Kill())
 		}
 	}
-	ended := w.dismiss()
+	ended := w.Wait()
 	switch {
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
@@ -336,13 +356,13 @@ func (s *show) conclude(ctx context.Context) (err error) {
 			s.lost[n] = "was answered, and then not any more"
 		}
 	}
-	if s.ledger, _, err = readLedger(s.ledgerPath()); err != nil {
+	if s.Ledger, _, err = processor.ReadLedger(s.ledgerPath()); err != nil {
 		return err
 	}
-	if s.after, err = readBooks(ctx, s.store); err != nil {
+	if s.After, err = audit.ReadBooks(ctx, s.store); err != nil {
 		return err
 	}
-	s.audit(s.lines)
+	s.judge(s.lines)
 	return s.writeAnswers()
 }
 
@@ -363,55 +383,6 @@ func (s *show) writeAnswers() error {
 		return err
 	}
 	return os.WriteFile(s.out, b.Bytes(), 0o644)
-}
-
-// A process is this program once more, as a part of the show. It ends when its leash is closed, so none is left
-// behind, however the show ends.
-type process struct {
-	cmd   *exec.Cmd
-	leash io.Closer
-	lines chan string // of its standard output; a last one that was cut off was never said
-}
-
-func spawn(ctx context.Context, args ...string) (*process, error) {
-	self, err := os.Executable()
-	if err != nil {
-		return nil, err
-	}
-	p := &process{cmd: exec.CommandContext(ctx, self, args...), lines: make(chan string)}
-	p.cmd.Stderr = os.Stderr
-	if p.leash, err = p.cmd.StdinPipe(); err != nil {
-		return nil, err
-	}
-	out, err := p.cmd.StdoutPipe()
-	if err != nil {
-		return nil, err
-	}
-	if err := p.cmd.Start(); err != nil {
-		return nil, err
-	}
-	go func() {
-		defer close(p.lines)
-		for b := bufio.NewReader(out); ; {
-			text, err := b.ReadString('\n')
-			if err != nil {
-				return
-			}
-			p.lines <- strings.TrimSpace(text)
-		}
-	}()
-	return p, nil
-}
-
-// dismiss lets a process end, and waits for it.
-func (p *process) dismiss() error {
-	p.leash.Close()
-	for range p.lines {
-	}
-	if err := p.cmd.Wait(); err != nil {
-		return fmt.Errorf("the %s: %w", p.cmd.Args[1], err)
-	}
-	return nil
 }
 
 // A bar shows on a terminal how far it has got; elsewhere nothing.

@@ -6,14 +6,16 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"net/http"
-	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"example.com/keystate/examples/internal/audit"
+	"example.com/keystate/examples/internal/money"
+	"example.com/keystate/examples/internal/processor"
 )
 
 // TestMain lets the test's own binary be the processor and the workers of the shows in the tests.
@@ -49,7 +51,7 @@ func mustPerform(t *testing.T, s settings) *tally {
 	var table strings.Builder
 	result.print(&table)
 	t.Logf("seed %d\n%s", s.seed, table.String())
-	for _, w := range result.wrong {
+	for _, w := range result.Wrong {
 		t.Error(w)
 	}
 	return result
@@ -62,9 +64,9 @@ func TestKilledWorkersPayOnceAndASecondRunCallsNobody(t *testing.T) {
 		kills: 5, concurrency: 8, seed: time.Now().UnixNano(), faults: usualFaults,
 	}
 	first := mustPerform(t, s)
-	if first.requests != 100 || first.killed != 5 || len(first.answers) != 100 || first.payouts.entries == 0 || first.calls.Calls < first.payouts.entries {
+	if first.requests != 100 || first.killed != 5 || len(first.answers) != 100 || first.Payouts.Entries == 0 || first.calls.Calls < first.Payouts.Entries {
 		t.Errorf("the show was not a show: %d requests, %d kills, %d answers, %d payouts, %d calls",
-			first.requests, first.killed, len(first.answers), first.payouts.entries, first.calls.Calls)
+			first.requests, first.killed, len(first.answers), first.Payouts.Entries, first.calls.Calls)
 	}
 	s.out = filepath.Join(dir, "second")
 	second := mustPerform(t, s)
@@ -123,142 +125,11 @@ func TestTheFileIsTheGeneratedOne(t *testing.T) {
 	}
 }
 
-// processorAt serves a processor with its ledger in the file at path.
-func processorAt(t *testing.T, path string, f faults) (*processor, *client) {
-	t.Helper()
-	p, err := openProcessor(path, f)
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := httptest.NewServer(p.handler())
-	t.Cleanup(func() {
-		server.Close()
-		p.ledger.Close()
-	})
-	return p, &client{url: server.URL}
-}
-
-var twenty = order{Reference: "order-1", From: "ada", To: "bob", Cents: 20_00}
-
-func TestProcessorPaysOncePerToken(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "ledger")
-	p, c := processorAt(t, path, faults{})
-	first, err := c.pay(t.Context(), "token", twenty)
-	if err != nil || first == "" {
-		t.Fatal(first, err)
-	}
-	again, err := c.pay(t.Context(), "token", twenty)
-	if err != nil || again != first {
-		t.Errorf("the second answer is %q, %v; the first was %q", again, err, first)
-	}
-	other := twenty
-	other.Cents++
-	if id, err := c.pay(t.Context(), "token", other); err == nil || !strings.Contains(err.Error(), "422") {
-		t.Errorf("the token with another order: %q, %v", id, err)
-	}
-	if id, err := c.deliver(t.Context(), "token", twenty); err == nil || !strings.Contains(err.Error(), "422") {
-		t.Errorf("the token with a receipt: %q, %v", id, err)
-	}
-	if want := (counts{Calls: 4, Replays: 1, Refused: 2, Tokens: 1, Payouts: 1}); p.counts != want {
-		t.Errorf("counted %+v, not %+v", p.counts, want)
-	}
-	p.ledger.Close()
-	_, c = processorAt(t, path, faults{})
-	if late, err := c.pay(t.Context(), "token", twenty); err != nil || late != first {
-		t.Errorf("after a restart the answer is %q, %v; it was %q", late, err, first)
-	}
-}
-
-func TestProcessorSeesOneTransferUnderTwoTokens(t *testing.T) {
-	p, c := processorAt(t, filepath.Join(t.TempDir(), "ledger"), faults{})
-	for _, token := range []string{"a", "b"} {
-		if _, err := c.pay(t.Context(), token, twenty); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := c.deliver(t.Context(), "receipt "+token, twenty); err != nil {
-			t.Fatal(err)
-		}
-	}
-	want := counts{Calls: 4, Tokens: 4, Payouts: 2, DuplicatePayouts: 1, Receipts: 2, DuplicateReceipts: 1}
-	if p.counts != want {
-		t.Errorf("counted %+v, not %+v", p.counts, want)
-	}
-}
-
-func TestProcessorFaults(t *testing.T) {
-	for name, f := range map[string]struct {
-		faults
-		done int
-	}{
-		"fails": {faults{fail: 1}, 0},
-		"loses": {faults{lose: 1}, 1},
-		"slow":  {faults{slow: 1}, 1},
-	} {
-		t.Run(name, func(t *testing.T) {
-			p, c := processorAt(t, filepath.Join(t.TempDir(), "ledger"), f.faults)
-			ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
-			defer cancel()
-			if id, err := c.pay(ctx, "token", twenty); err == nil {
-				t.Errorf("it answered %q", id)
-			}
-			if s, err := c.stats(t.Context()); err != nil || s.Payouts != f.done || p.numbers[payoutKind] != f.done {
-				t.Errorf("it counts %d payouts, not %d (%v)", s.Payouts, f.done, err)
-			}
-		})
-	}
-}
-
-func TestProcessorDeclines(t *testing.T) {
-	p, c := processorAt(t, filepath.Join(t.TempDir(), "ledger"), faults{})
-	for _, o := range []order{
-		{Reference: "1", From: "ada", To: "declined@closed.example", Cents: 1},
-		{Reference: "2", From: "ada", To: "bob", Cents: payoutLimit + 1},
-	} {
-		var no *declinedError
-		if id, err := c.pay(t.Context(), o.Reference, o); !errors.As(err, &no) {
-			t.Errorf("%+v: %q, %v", o, id, err)
-		}
-	}
-	if p.numbers[payoutKind] != 0 {
-		t.Error("it paid")
-	}
-}
-
-func TestProcessorNeedsAToken(t *testing.T) {
-	_, c := processorAt(t, filepath.Join(t.TempDir(), "ledger"), faults{})
-	resp, err := http.Post(c.url+"/payouts", "application/json", strings.NewReader(`{"reference":"1","cents":1}`))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusBadRequest {
-		t.Error(resp.Status)
-	}
-}
-
-func TestProcessorForgetsALineThatWasCutOff(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "ledger")
-	p, c := processorAt(t, path, faults{})
-	if _, err := c.pay(t.Context(), "whole", twenty); err != nil {
-		t.Fatal(err)
-	}
-	p.ledger.WriteString(`{"kind":"payout","id":"payout-0000`)
-	p.ledger.Close()
-	p, c = processorAt(t, path, faults{})
-	if id, err := c.pay(t.Context(), "next", twenty); err != nil || id != "payout-000002" {
-		t.Error(id, err)
-	}
-	entries, _, err := readLedger(path)
-	if err != nil || len(entries) != 2 || p.counts.Payouts != 2 {
-		t.Errorf("the ledger has %v (%v)", entries, err)
-	}
-}
-
 // sound is the end of a show in which ada paid bob and nothing else was possible.
 func sound() (*tally, []line) {
 	paidOne := request{Key: "1", From: "ada", To: "bob", Cents: 20_00}
 	refusedOne := request{Key: "2", From: "ada", To: "ada", Cents: 20_00}
-	accounts := maps.Clone(openingBalances)
+	accounts := maps.Clone(money.OpeningBalances)
 	accounts["ada"] -= 20_00
 	accounts["bob"] += 20_00
 	answers := map[int]answer{
@@ -267,13 +138,19 @@ func sound() (*tally, []line) {
 	}
 	t := &tally{
 		requests: 2, answers: answers,
-		given:  map[request]answer{paidOne: answers[1], refusedOne: answers[2]},
-		lost:   map[int]string{},
-		before: books{accounts: openingBalances},
-		after:  books{accounts: accounts, payouts: map[string]string{"1": "payout-1"}, receipts: map[string]string{"1": "receipt-1"}},
-		ledger: []entry{
-			{Kind: payoutKind, ID: "payout-1", Token: "a", order: order{Reference: "1", From: "ada", To: "bob", Cents: 20_00}},
-			{Kind: receiptKind, ID: "receipt-1", Token: "b", order: order{Reference: "1", From: "ada", To: "bob", Cents: 20_00, Payout: "payout-1"}},
+		given: map[request]answer{paidOne: answers[1], refusedOne: answers[2]},
+		lost:  map[int]string{},
+	}
+	t.Count = audit.Count{
+		Before: audit.Books{Books: money.Books{Accounts: money.OpeningBalances}},
+		After: audit.Books{Books: money.Books{
+			Accounts:  accounts,
+			Transfers: map[string]money.Transfer{"1": {ID: "1", From: "ada", To: "bob", Cents: 20_00, Status: money.Paid, Payout: "payout-1"}},
+			Receipts:  map[string]string{"1": "receipt-1"},
+		}},
+		Ledger: []processor.Entry{
+			{Kind: processor.Payout, ID: "payout-1", Token: "a", Order: processor.Order{Reference: "1", From: "ada", To: "bob", Cents: 20_00}},
+			{Kind: processor.Receipt, ID: "receipt-1", Token: "b", Order: processor.Order{Reference: "1", From: "ada", To: "bob", Cents: 20_00, Payout: "payout-1"}},
 		},
 	}
 	return t, []line{{number: 1, request: paidOne}, {number: 2, request: refusedOne}}
@@ -281,21 +158,21 @@ func sound() (*tally, []line) {
 
 func TestTheAuditSeesEachFault(t *testing.T) {
 	s, lines := sound()
-	if s.audit(lines); len(s.wrong) > 0 {
-		t.Fatal(s.wrong)
+	if s.judge(lines); len(s.Wrong) > 0 {
+		t.Fatal(s.Wrong)
 	}
 	for name, spoil := range map[string]func(*tally){
-		"payout twice":           func(s *tally) { s.ledger = append(s.ledger, s.ledger[0]) },
-		"receipt twice":          func(s *tally) { s.ledger = append(s.ledger, s.ledger[1]) },
-		"payout missing":         func(s *tally) { s.ledger = s.ledger[1:] },
-		"receipt missing":        func(s *tally) { s.ledger = s.ledger[:1] },
-		"payout nobody asked":    func(s *tally) { s.ledger[0].Reference = "2" },
-		"payout of more":         func(s *tally) { s.ledger[0].Cents++ },
-		"payout of another name": func(s *tally) { s.ledger[0].ID = "payout-9" },
-		"receipt not noted":      func(s *tally) { delete(s.after.receipts, "1") },
-		"a cent gone":            func(s *tally) { s.after.accounts["carol"]-- },
-		"a cent moved":           func(s *tally) { s.after.accounts["carol"]--; s.after.accounts["dan"]++ },
-		"a cent held":            func(s *tally) { s.after.accounts["ada"]--; s.after.reserved = map[string]int64{"1": 1} },
+		"payout twice":           func(s *tally) { s.Ledger = append(s.Ledger, s.Ledger[0]) },
+		"receipt twice":          func(s *tally) { s.Ledger = append(s.Ledger, s.Ledger[1]) },
+		"payout missing":         func(s *tally) { s.Ledger = s.Ledger[1:] },
+		"receipt missing":        func(s *tally) { s.Ledger = s.Ledger[:1] },
+		"payout nobody asked":    func(s *tally) { s.Ledger[0].Reference = "2" },
+		"payout of more":         func(s *tally) { s.Ledger[0].Cents++ },
+		"payout of another name": func(s *tally) { s.Ledger[0].ID = "payout-9" },
+		"receipt not noted":      func(s *tally) { delete(s.After.Receipts, "1") },
+		"a cent gone":            func(s *tally) { s.After.Accounts["carol"]-- },
+		"a cent moved":           func(s *tally) { s.After.Accounts["carol"]--; s.After.Accounts["dan"]++ },
+		"a cent held":            func(s *tally) { s.After.Accounts["ada"]--; s.After.Reserved = map[string]int64{"1": 1} },
 		"answer changed":         func(s *tally) { s.lost[1] = "was another" },
 		"answer missing":         func(s *tally) { delete(s.answers, 2) },
 		"no answer yet":          func(s *tally) { s.answers[2] = answer{Line: 2, request: s.answers[2].request, Status: open} },
@@ -312,27 +189,19 @@ func TestTheAuditSeesEachFault(t *testing.T) {
 			r.Cents++
 			s.given[r] = answer{Line: 3, request: r, Status: refused}
 		},
-		"key left over":     func(s *tally) { s.after.unfinished = 1 },
-		"key parked":        func(s *tally) { s.after.parked = 1 },
+		"key left over":     func(s *tally) { s.After.Unfinished = 1 },
+		"key parked":        func(s *tally) { s.After.Parked = 1 },
 		"token used anew":   func(s *tally) { s.calls.Refused = 1 },
 		"call in a replay":  func(s *tally) { s.settledBefore, s.calls.Calls = true, 1 },
-		"account vanished":  func(s *tally) { delete(s.after.accounts, "declined@closed.example") },
-		"books without pay": func(s *tally) { s.after.payouts["3"] = "payout-3" },
+		"account vanished":  func(s *tally) { delete(s.After.Accounts, "declined@closed.example") },
+		"books without pay": func(s *tally) { s.After.Transfers["3"] = money.Transfer{Payout: "payout-3"} },
 	} {
 		t.Run(name, func(t *testing.T) {
 			s, lines := sound()
 			spoil(s)
-			if s.audit(lines); len(s.wrong) == 0 {
+			if s.judge(lines); len(s.Wrong) == 0 {
 				t.Error("it saw nothing")
 			}
 		})
-	}
-}
-
-func TestMoneyReadsLikeMoney(t *testing.T) {
-	for cents, want := range map[int64]string{0: "0.00", 5: "0.05", 123_45: "123.45", 1_234_567_89: "1,234,567.89", -1_000_00: "-1,000.00"} {
-		if got := money(cents); got != want {
-			t.Errorf("%d cents are %s, not %s", cents, got, want)
-		}
 	}
 }

@@ -10,8 +10,11 @@ import (
 	"io"
 	"os"
 	"sync"
+	"time"
 
 	"example.com/keystate"
+	"example.com/keystate/examples/internal/money"
+	"example.com/keystate/examples/internal/processor"
 	"go.etcd.io/bbolt"
 )
 
@@ -25,20 +28,30 @@ type request struct {
 	Cents int64  `json:"cents"`
 }
 
-func (r request) transfer() Transfer {
-	return Transfer{ID: r.Key, From: r.From, To: r.To, Cents: r.Cents}
+func (r request) transfer() money.Transfer {
+	return money.Transfer{ID: r.Key, From: r.From, To: r.To, Cents: r.Cents}
 }
 
 // What an answer's status says.
 const (
-	paid     = "paid"
-	declined = "declined" // by the processor
-	refused  = "refused"  // by reserveFunds
-	mismatch = "mismatch" // the key belongs to another request
-	invalid  = "invalid"  // the line is no request
-	parked   = "parked"   // an operator has to look; no answer yet
-	open     = "open"     // it did not end in as many tries as were made; no answer yet
+	paid     = money.Paid
+	declined = money.Declined // by the processor
+	refused  = "refused"      // by reserveFunds
+	mismatch = "mismatch"     // the key belongs to another request
+	invalid  = "invalid"      // the line is no request
+	parked   = "parked"       // an operator has to look; no answer yet
+	open     = "open"         // it did not end in as many tries as were made; no answer yet
 )
+
+// transferKey names a transfer: the keys of all machines in a store are one set, and the scope tells them apart.
+func transferKey(id string) keystate.Key { return keystate.Key{Scope: "transfer", ID: id} }
+
+// patience is more than a program would have in earnest: here a death is an attempt, and there are many of both.
+// It ends all the same, and then an operator sees the key.
+var patience = money.Patience{
+	Timeout: 400 * time.Millisecond,
+	Retry:   keystate.RetryPolicy{Attempts: 100, InRun: 5, Initial: 10 * time.Millisecond, Max: 500 * time.Millisecond},
+}
 
 // An answer is one line of the output.
 type answer struct {
@@ -94,7 +107,7 @@ func runWorker(args []string) error {
 	flags := flag.NewFlagSet("worker", flag.ExitOnError)
 	store := flags.String("store", "", "the bbolt `file`")
 	file := flags.String("file", "", "the `file` of transfers")
-	processor := flags.String("processor", "", "the processor's `address`")
+	address := flags.String("processor", "", "the processor's `address`")
 	concurrency := flags.Int("concurrency", 1, "requests at a time")
 	flags.Parse(args)
 	lines, err := readLines(*file)
@@ -108,7 +121,7 @@ func runWorker(args []string) error {
 		cancel()
 	}()
 	w := &worker{out: json.NewEncoder(os.Stdout)}
-	if err := w.open(ctx, *store, *processor); err != nil {
+	if err := w.open(ctx, *store, *address); err != nil {
 		return err
 	}
 	err = w.work(ctx, lines, *concurrency)
@@ -122,8 +135,8 @@ func runWorker(args []string) error {
 }
 
 type worker struct {
-	engine *keystate.Engine[*bbolt.Tx]
-	teller teller
+	engine    *keystate.Engine[*bbolt.Tx]
+	transfers *keystate.Machine[money.Transfer]
 
 	mu  sync.Mutex
 	out *json.Encoder
@@ -136,20 +149,20 @@ func (w *worker) report(r report) error {
 }
 
 // open opens the store and registers the machines. Whatever an earlier process left unfinished goes on from here by itself.
-func (w *worker) open(ctx context.Context, store, processor string) (err error) {
+func (w *worker) open(ctx context.Context, store, address string) (err error) {
 	// A transfer is remembered for ever: its file may be worked through again in a year.
 	if w.engine, err = keystate.Open(store, &keystate.Options{Retention: -1}); err != nil {
 		return err
 	}
-	err = w.register(ctx, processor)
+	err = w.register(ctx, address)
 	if err != nil {
 		return errors.Join(err, w.engine.Close())
 	}
 	return nil
 }
 
-func (w *worker) register(ctx context.Context, processor string) error {
-	if err := w.engine.Update(ctx, openAccounts); err != nil {
+func (w *worker) register(ctx context.Context, address string) error {
+	if err := w.engine.Update(ctx, money.OpenAccounts); err != nil {
 		return err
 	}
 	var interrupted []string
@@ -161,34 +174,14 @@ func (w *worker) register(ctx context.Context, processor string) error {
 			interrupted = append(interrupted, r.Key.String())
 		}
 	}
-	var err error
-	t := &w.teller
-	t.processor = &client{url: processor}
-	if t.receipts, err = keystate.Register(w.engine, "receipt", t.receiptPhases()); err != nil { // first: settle stages them
+	teller, err := money.NewTeller(w.engine, &processor.Client{URL: address}, patience)
+	if err != nil {
 		return err
 	}
-	if t.transfers, err = keystate.Register(w.engine, "transfer", t.transferPhases()); err != nil {
+	if w.transfers, err = keystate.Register(w.engine, "transfer", teller.Phases()); err != nil {
 		return err
 	}
 	return w.report(report{Ready: true, Interrupted: interrupted})
-}
-
-// openAccounts makes the program's buckets, with the opening balances, unless they are there.
-func openAccounts(tx *bbolt.Tx) error {
-	if tx.Bucket(accountsBucket) != nil {
-		return nil
-	}
-	for _, name := range [][]byte{accountsBucket, reservedBucket, payoutsBucket, receiptsBucket} {
-		if _, err := tx.CreateBucket(name); err != nil {
-			return err
-		}
-	}
-	for name, balance := range openingBalances {
-		if err := putCents(tx.Bucket(accountsBucket), name, balance); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // work answers all lines, so many at a time, and then waits for what goes on without a caller: the receipts.
@@ -237,7 +230,7 @@ func (w *worker) answer(ctx context.Context, l line) (answer, error) {
 		return a, nil
 	}
 	for range tries {
-		t, err := w.teller.transfers.Do(ctx, transferKey(l.Key), l.transfer())
+		t, err := w.transfers.Do(ctx, transferKey(l.Key), l.transfer())
 		var final *keystate.FinalError
 		var stopped *keystate.PhaseError
 		switch {
