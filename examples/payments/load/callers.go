@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -72,14 +73,12 @@ func (c *callers) askAll(ctx context.Context, tasks []task, atOnce int) error {
 	}
 	close(next)
 	group.Wait()
-	close(faults)
-	for fault := range faults {
-		err = errors.Join(err, fault)
+	select {
+	case fault := <-faults: // one is as good as all
+		err = cmp.Or(err, fault)
+	default:
 	}
-	if err != nil {
-		return err
-	}
-	return errAsked
+	return cmp.Or(err, errAsked)
 }
 
 // do is one task, from the first request to the last retry.

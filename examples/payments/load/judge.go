@@ -256,4 +256,3 @@ func (v *verdict) print(w io.Writer) {
 		fmt.Fprintln(w, strings.TrimRight(fmt.Sprintf("%-20s %12v   %s", r.name, r.value, r.remark), " "))
 	}
 }
-

@@ -55,8 +55,8 @@ func (k *keeper) lives(ctx context.Context) (*server, error) {
 		if err != nil {
 			return nil, err
 		}
-		last := k.killed == k.kills
-		stop := !last && k.stopped < k.killed/stopEvery
+		stop := k.stopped < k.killed/stopEvery
+		last := k.killed == k.kills && !stop
 		err = k.live(ctx, s, last, stop)
 		switch {
 		case err != nil:

@@ -7,7 +7,7 @@
 // drops answers, cuts them short, delays and doubles them. Meanwhile the service is killed with SIGKILL and started again. At the end
 // everything is counted: each key must have one answer, the same to the byte however often it was asked for, and each transfer
 // answered as paid one payout. It prints a table, and exits non-zero with the seed if anything is wrong. The seed gives the same
-// plan and the same faults again, not the same moments.
+// plan again, and the same faults wherever the plan has the key; not the same moments.
 //
 //	main.go     flags, and the order of events
 //	plan.go     what is asked for
@@ -134,8 +134,6 @@ func perform(ctx context.Context, s settings) (v *verdict, err error) {
 			return nil, fmt.Errorf("build the service: %w\n%s", err, text)
 		}
 	}
-	ctx, cancel := context.WithTimeout(ctx, stillness+time.Duration(s.transfers)*eachTakes)
-	defer cancel()
 	return s.perform(ctx)
 }
 
@@ -181,16 +179,23 @@ func (s settings) torture(ctx context.Context, v *verdict, processorURL string) 
 	defer line.close()
 	k := &keeper{settings: s, processor: processorURL, line: line, progress: make(chan struct{}, 1), rng: rand.New(rand.NewPCG(uint64(s.seed), 1))}
 	c := &callers{url: line.url, client: patient(), ended: k.note}
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	go func() { cancel(c.askAll(ctx, plan(s.seed, s.transfers), s.callers)) }()
+	asking, cancel := context.WithTimeout(ctx, stillness+time.Duration(s.transfers)*eachTakes)
+	defer cancel()
+	asking, enough := context.WithCancelCause(asking)
+	asked := make(chan error, 1)
+	go func() {
+		err := c.askAll(asking, plan(s.seed, s.transfers), s.callers)
+		asked <- err
+		enough(err)
+	}()
 	defer report(&k.done, s.transfers)()
-	server, err := k.lives(ctx)
+	server, err := k.lives(asking)
 	if err != nil {
-		return err
+		enough(err)
+		return fmt.Errorf("%d of %d keys are answered: %w", k.done.Load(), s.transfers, errors.Join(err, <-asked))
 	}
 	v.answers, v.line, v.killed, v.stopped = c.answers, line.counts(), k.killed, k.stopped
-	err = v.look(context.WithoutCancel(ctx), server.url)
+	err = v.look(ctx, server.url)
 	if err = errors.Join(err, server.stop()); err != nil {
 		return err
 	}

@@ -53,7 +53,7 @@ func plan(seed int64, n int) []task {
 		other := t.order
 		other.Cents++
 		switch kind := rng.IntN(100); {
-		case kind < 15:
+		case kind < 12:
 			t.copies = 2 + rng.IntN(4)
 		case kind < 20:
 			t.rival = &other
