@@ -51,14 +51,14 @@ func BenchmarkSideBySide(b *testing.B) {
 		}
 		fmt.Fprintf(&tables, "\n| %s |", group.title)
 		for _, n := range callers {
-			fmt.Fprintf(&tables, " %s | of the first |", atOnce(n))
+			fmt.Fprintf(&tables, " %s | of the first | CPU |", atOnce(n))
 		}
-		tables.WriteString("\n|---|" + strings.Repeat("---:|", 2*len(callers)) + "\n")
+		tables.WriteString("\n|---|" + strings.Repeat("---:|", 3*len(callers)) + "\n")
 		for i, c := range group.of {
 			fmt.Fprintf(&tables, "| %s |", c.name)
 			for _, n := range callers {
 				r := measured[n][i]
-				fmt.Fprintf(&tables, " %.0f/s | %.0f %% |", r.rate, 100*r.ratio)
+				fmt.Fprintf(&tables, " %.0f/s | %.0f %% | %.1f µs |", r.rate, 100*r.ratio, r.cost)
 			}
 			tables.WriteString("\n")
 		}
@@ -74,27 +74,28 @@ func atOnce(callers int) string {
 	return fmt.Sprint(callers, " callers")
 }
 
-// A result is the median of a contender's rates, and of their ratios to the first contender's in the same turn.
-type result struct{ rate, ratio float64 }
+// A result is the median of a contender's rates, of their ratios to the first contender's in the same turn, and of its costs in µs.
+type result struct{ rate, ratio, cost float64 }
 
 func inTurns(b *testing.B, field []contender, callers, turns int, slice time.Duration) []result {
-	rates, ratios := make([][]float64, len(field)), make([][]float64, len(field))
+	rates, ratios, costs := make([][]float64, len(field)), make([][]float64, len(field)), make([][]float64, len(field))
 	for turn := range turns + 1 {
 		first := 0.0
 		for i, c := range field {
-			rate := c.throughput(b, callers, slice)
+			p := c.pace(b, callers, slice)
 			if i == 0 {
-				first = rate
+				first = p.rate
 			}
 			if turn == 0 { // warms up
 				continue
 			}
-			rates[i], ratios[i] = append(rates[i], rate), append(ratios[i], rate/first)
+			rates[i], ratios[i] = append(rates[i], p.rate), append(ratios[i], p.rate/first)
+			costs[i] = append(costs[i], float64(p.cost.Nanoseconds())/1000)
 		}
 	}
 	results := make([]result, len(field))
 	for i := range field {
-		results[i] = result{median(rates[i]), median(ratios[i])}
+		results[i] = result{median(rates[i]), median(ratios[i]), median(costs[i])}
 	}
 	return results
 }
@@ -111,12 +112,14 @@ func BenchmarkEach(b *testing.B) {
 		for _, c := range group {
 			for _, n := range callers {
 				b.Run(fmt.Sprintf("%s/%s/%d", title, strings.ReplaceAll(c.name, "/", " "), n), func(b *testing.B) {
-					var rate float64
+					var rates, costs []float64
 					for b.Loop() {
-						rate = c.throughput(b, n, 300*time.Millisecond)
+						p := c.pace(b, n, 300*time.Millisecond)
+						rates, costs = append(rates, p.rate), append(costs, float64(p.cost.Nanoseconds()))
 					}
 					b.ReportMetric(0, "ns/op")
-					b.ReportMetric(rate, "req/s")
+					b.ReportMetric(median(rates), "req/s")
+					b.ReportMetric(median(costs), "cpu-ns/req")
 				})
 			}
 		}

@@ -29,8 +29,15 @@ type contender struct {
 	call func(tb testing.TB) caller
 }
 
-// throughput is how many requests a second so many callers get done.
-func (c *contender) throughput(tb testing.TB, callers int, d time.Duration) float64 {
+// A pace is how many requests a second were done, and what a request took of the processors, for the client and the server
+// together: other programs on the same machine change the rate, and hardly the cost.
+type pace struct {
+	rate float64
+	cost time.Duration
+}
+
+// pace lets so many callers ask for a while.
+func (c *contender) pace(tb testing.TB, callers int, d time.Duration) pace {
 	tb.Helper()
 	var done atomic.Int64
 	var wg sync.WaitGroup
@@ -39,7 +46,7 @@ func (c *contender) throughput(tb testing.TB, callers int, d time.Duration) floa
 		all[i] = c.call(tb)
 		defer all[i].hangUp()
 	}
-	start := time.Now()
+	start, used := time.Now(), cpuTime()
 	for _, one := range all {
 		wg.Go(func() {
 			n := int64(0)
@@ -54,7 +61,8 @@ func (c *contender) throughput(tb testing.TB, callers int, d time.Duration) floa
 		})
 	}
 	wg.Wait()
-	return float64(done.Load()) / time.Since(start).Seconds()
+	n := done.Load()
+	return pace{float64(n) / time.Since(start).Seconds(), (cpuTime() - used) / time.Duration(max(1, n))}
 }
 
 // A line is a connection to a server, and what is sent over it.
