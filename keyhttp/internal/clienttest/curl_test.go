@@ -88,13 +88,15 @@ func TestCurlRetriesAKeyInFlightWhenAskedToFailOnErrors(t *testing.T) {
 	needsCurl(t)
 	s := newShop(t, nil)
 	answered := make(chan struct{})
-	refusals := s.hold(answered)
+	refusals, release := s.hold(answered)
 	go func() {
 		defer close(answered)
 		expect(t, curl(t, payByCurl(s, "-H", "Idempotency-Key: order-4711")...), http.StatusOK, "")
 	}()
 	<-s.charging
 	r := curl(t, payByCurl(s, "--fail", "--retry", "3", "--retry-all-errors", "-H", "Idempotency-Key: order-4711")...)
+	release()
+	<-answered
 	expect(t, r, http.StatusOK, "true")
 	if n := refusals.Load(); n != 1 {
 		t.Errorf("%d refusals", n)

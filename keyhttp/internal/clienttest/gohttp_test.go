@@ -119,7 +119,7 @@ func TestTransportWaitsForAKeyInFlight(t *testing.T) {
 	t.Parallel()
 	s := newShop(t, nil)
 	answered := make(chan struct{})
-	refusals := s.hold(answered)
+	refusals, release := s.hold(answered)
 	client := keyed(t, &keyhttp.Transport{})
 	pay := func() (*http.Response, error) {
 		r := post(t, s.URL+payments)
@@ -137,6 +137,7 @@ func TestTransportWaitsForAKeyInFlight(t *testing.T) {
 	}()
 	<-s.charging
 	second, err := pay()
+	release()
 	<-answered
 	if err := errors.Join(firstErr, err); err != nil {
 		t.Fatal(err)
@@ -206,11 +207,12 @@ func TestRetryableHTTPHandsOnTheRefusalOfAKeyInFlight(t *testing.T) {
 	s := newShop(t, nil)
 	anyTime := make(chan struct{})
 	close(anyTime)
-	refusals := s.hold(anyTime)
+	refusals, release := s.hold(anyTime)
 	refused := make(chan struct{})
 	go func() {
 		defer close(refused)
 		<-s.charging
+		defer release()
 		r, err := retryable(t, s, "order-4711")
 		if err != nil {
 			t.Error(err)

@@ -42,7 +42,7 @@ type shop struct {
 
 	mu        sync.Mutex
 	keys      []string      // Idempotency-Key as it came, a line each
-	open      chan struct{} // effects wait until it is closed
+	open      chan struct{} // the first effect waits until it is closed
 	charging  chan struct{} // receives when an effect begins
 	onRefused func()        // runs before a 409 goes out
 }
@@ -128,15 +128,14 @@ func (s *shop) phases() []keystate.Phase[*bbolt.Tx, payment] {
 }
 
 func (s *shop) charge(ctx context.Context, token string, p *payment) error {
-	s.charges.Add(1)
 	p.Charge = "ch_" + token
+	if s.charges.Add(1) > 1 {
+		return nil
+	}
 	s.mu.Lock()
 	open := s.open
 	s.mu.Unlock()
-	select {
-	case s.charging <- struct{}{}:
-	default:
-	}
+	s.charging <- struct{}{} // of which there is room for one
 	select {
 	case <-open:
 		return nil
@@ -208,12 +207,12 @@ func (w *refusalWatch) WriteHeader(status int) {
 
 func (w *refusalWatch) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// hold keeps the next payment in flight until the first refusal for it is about to go out, and lets that out when answered
-// is closed. It returns how many refusals there were.
-func (s *shop) hold(answered <-chan struct{}) (refusals *atomic.Int64) {
+// hold keeps the first payment in flight until the first refusal is about to go out, or until release, and lets the refusal out when
+// answered is closed. It returns how many refusals there were.
+func (s *shop) hold(answered <-chan struct{}) (refusals *atomic.Int64, release func()) {
 	refusals = new(atomic.Int64)
 	open := make(chan struct{})
-	release := sync.OnceFunc(func() { close(open) })
+	release = sync.OnceFunc(func() { close(open) })
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.open = open
@@ -222,7 +221,7 @@ func (s *shop) hold(answered <-chan struct{}) (refusals *atomic.Int64) {
 		release()
 		<-answered
 	}
-	return refusals
+	return refusals, release
 }
 
 // lastKey is the Idempotency-Key of the last request that reached the server's handlers.

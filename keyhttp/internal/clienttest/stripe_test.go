@@ -268,7 +268,7 @@ func TestStripeRetriesAKeyInFlightUntilItIsAnswered(t *testing.T) {
 	t.Parallel()
 	s := newShop(t, nil)
 	answered := make(chan struct{})
-	refusals := s.hold(answered)
+	refusals, release := s.hold(answered)
 	pay := func() (*stripe.PaymentIntent, error) {
 		params := euros(20_00)
 		params.SetIdempotencyKey("order-4711")
@@ -282,6 +282,7 @@ func TestStripeRetriesAKeyInFlightUntilItIsAnswered(t *testing.T) {
 	}()
 	<-s.charging
 	second, err := pay()
+	release()
 	<-answered
 	if err := errors.Join(firstErr, err); err != nil {
 		t.Fatal(err)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -13,6 +14,7 @@ import (
 
 	"example.com/keystate"
 	"github.com/gin-gonic/gin"
+	"github.com/go-chi/chi/v5"
 	"github.com/gofiber/fiber/v3"
 	"github.com/gofiber/fiber/v3/middleware/adaptor"
 	"github.com/labstack/echo/v4"
@@ -73,6 +75,14 @@ func TestGinGoesOnToTheHandlerAfterAReplayUnlessItsChainIsEnded(t *testing.T) {
 	}
 }
 
+func TestGinsStatusWithoutABodyIsRecorded(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	e := gin.New()
+	e.POST("/accounts/:account/refunds", ginMiddleware(b.Once), func(c *gin.Context) { c.Status(http.StatusAccepted) })
+	twice(t, serve(t, e), http.StatusAccepted, "")
+}
+
 func TestFibersOwnHTTPMiddlewareRecordsNothing(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)
@@ -126,6 +136,70 @@ func TestAKeyThatFiberLentIsStillTheSameAfterTheNextRequest(t *testing.T) {
 	record, err := b.engine.Key(t.Context(), keystate.Key{Scope: "aaaaaa", ID: "aaaaaaaa-1111"})
 	if err != nil || record.Point != keystate.Finished {
 		t.Errorf("the payment that was to be tried again: %v, %v", record.Point, err)
+	}
+}
+
+// What a handler flushes goes out while it is still running, through the adapters too.
+func TestAFlushReachesTheClientBeforeTheHandlerEnds(t *testing.T) {
+	t.Parallel()
+	type flushing func(w http.ResponseWriter, flush func())
+	for name, mount := range map[string]func(*testing.T, *bench, flushing) (address string){
+		"chi": func(t *testing.T, b *bench, h flushing) string {
+			r := chi.NewRouter()
+			r.With(b.Once).Post("/accounts/{account}/refunds", func(w http.ResponseWriter, _ *http.Request) {
+				h(w, func() { http.NewResponseController(w).Flush() })
+			})
+			return serve(t, r)
+		},
+		"echo": func(t *testing.T, b *bench, h flushing) string {
+			e := echo.New()
+			e.POST("/accounts/:account/refunds", func(c echo.Context) error {
+				h(c.Response(), c.Response().Flush)
+				return nil
+			}, echoMiddleware(b.Once))
+			return serve(t, e)
+		},
+		"fiber": func(t *testing.T, b *bench, h flushing) string {
+			app := fiber.New()
+			app.Post("/accounts/:account/refunds", fiberHandler(b.Once(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+				h(w, func() { http.NewResponseController(w).Flush() })
+			}))))
+			return listen(t, app) + "/accounts/ada/refunds"
+		},
+		"gin": func(t *testing.T, b *bench, h flushing) string {
+			e := gin.New()
+			e.POST("/accounts/:account/refunds", ginMiddleware(b.Once), func(c *gin.Context) { h(c.Writer, c.Writer.Flush) })
+			return serve(t, e)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b, heard := newBench(t), make(chan struct{})
+			address := mount(t, b, func(w http.ResponseWriter, flush func()) {
+				io.WriteString(w, "first, ")
+				flush()
+				<-heard
+				io.WriteString(w, "then")
+			})
+			r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, address, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.Header.Set("Authorization", "Bearer shop-1")
+			r.Header.Set("Idempotency-Key", "order-4711")
+			resp, err := http.DefaultClient.Do(r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer resp.Body.Close()
+			first := make([]byte, len("first, "))
+			_, err = io.ReadFull(resp.Body, first)
+			close(heard)
+			rest, restErr := io.ReadAll(resp.Body)
+			if err := errors.Join(err, restErr); err != nil || string(first) != "first, " || string(rest) != "then" {
+				t.Errorf("%q, then %q, %v", first, rest, err)
+			}
+		})
 	}
 }
 
