@@ -126,26 +126,18 @@ func (h *Handler[S]) answer(w http.ResponseWriter, c *call, run *keystate.Run[Ex
 		x, err = joined(h.intake, c.r.Context(), run)
 	}
 	var final *keystate.FinalError
-	switch {
-	case err != nil && !errors.As(err, &final):
+	if err != nil && !errors.As(err, &final) {
 		h.fail(w, c, err)
-	case x.Response == nil, x.Response.Omitted && own: // nobody could write it, or it is too large to keep
-		h.answers.encode(x.State, err).send(w)
-	case own:
-		h.first(w, c, x.Response)
-	default:
-		h.intake.replay(w, c.r, x.Response)
-	}
-}
-
-// first sends the answer to the request that caused it.
-func (h *Handler[S]) first(w http.ResponseWriter, c *call, stored *Response) {
-	answer, problem := h.intake.open(stored)
-	if problem != nil {
-		h.intake.refuse(w, c.r, problem)
 		return
 	}
-	answer.send(w)
+	if !own {
+		replayed(w)
+	}
+	if x.Response == nil || x.Response.Omitted && own { // nobody could write it, or it is too large to keep
+		h.answers.encode(x.State, err).send(w)
+		return
+	}
+	h.intake.give(w, c.r, x.Response)
 }
 
 // fail tells why there is no answer. An error with which the first phase withdrew the request is the application's to tell.

@@ -77,7 +77,7 @@ func (in *intake) scope(r *http.Request) (string, error) {
 
 // withKey reads the body, and so knows the request.
 func (in *intake) withKey(w http.ResponseWriter, r *http.Request, key keystate.Key) (*call, error) {
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, in.MaxBody))
+	body, err := in.read(w, r)
 	if tooLarge := (*http.MaxBytesError)(nil); errors.As(err, &tooLarge) {
 		return nil, newProblem(RequestTooLarge, "The body has more than %d bytes.", tooLarge.Limit)
 	}
@@ -90,6 +90,17 @@ func (in *intake) withKey(w http.ResponseWriter, r *http.Request, key keystate.K
 	c.r = r.WithContext(context.WithValue(r.Context(), callInHand{}, c))
 	c.r.Body, c.r.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
 	return c, nil
+}
+
+// read reads a body to its end.
+func (in *intake) read(w http.ResponseWriter, r *http.Request) ([]byte, error) {
+	if r.Body == nil {
+		return nil, nil
+	}
+	var body bytes.Buffer
+	body.Grow(int(min(max(r.ContentLength, 0), in.MaxBody)) + bytes.MinRead)
+	_, err := body.ReadFrom(http.MaxBytesReader(w, r.Body, in.MaxBody))
+	return body.Bytes(), err
 }
 
 // callInHand leads from a request to its call.
@@ -135,10 +146,12 @@ func joined[S any](in *intake, ctx context.Context, run *keystate.Run[Exchange[S
 	return x, err
 }
 
-// replay gives an answer again, which the request has not caused.
-func (in *intake) replay(w http.ResponseWriter, r *http.Request, stored *Response) {
+// replayed says of an answer that the request has not caused it.
+func replayed(w http.ResponseWriter) { w.Header().Set(replayedHeader, "true") }
+
+// give sends a stored answer.
+func (in *intake) give(w http.ResponseWriter, r *http.Request, stored *Response) {
 	answer, problem := in.open(stored)
-	w.Header().Set(replayedHeader, "true")
 	if problem != nil {
 		in.refuse(w, r, problem)
 		return

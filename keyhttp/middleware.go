@@ -238,7 +238,8 @@ func (g *guard) share(w http.ResponseWriter, c *call, run *keystate.Run[recordin
 	case err != nil:
 		g.intake.turnDown(w, c.r, err)
 	default:
-		g.intake.replay(w, c.r, x.Response)
+		replayed(w)
+		g.intake.give(w, c.r, x.Response)
 	}
 }
 

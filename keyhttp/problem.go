@@ -121,7 +121,7 @@ func (o *Options) problemOf(err error) *Problem {
 func (o *Options) refuse(w http.ResponseWriter, r *http.Request, p *Problem) {
 	q := *p
 	q.Status = cmp.Or(q.Status, http.StatusBadRequest)
-	if q.Status >= http.StatusInternalServerError {
+	if q.Status >= http.StatusInternalServerError && r.Context().Err() == nil { // of a client that is gone there is nothing to tell
 		o.Logger.LogAttrs(r.Context(), levelOf(q.Status), "keyhttp: request refused", attributes(r, &q)...)
 	}
 	switch u, err := url.Parse(q.Type); {
