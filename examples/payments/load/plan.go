@@ -29,7 +29,11 @@ type task struct {
 	clash  *order // another one under the same key, after the answer
 }
 
-const nobody = "nobody"
+const (
+	nobody  = "nobody"
+	most    = 20_00   // of what is not to be refused
+	wealthy = "grace" // whose money lasts for all that she pays
+)
 
 // plan is the same for the same seed.
 func plan(seed int64, n int) []task {
@@ -39,14 +43,14 @@ func plan(seed int64, n int) []task {
 	for i := range tasks {
 		from := people[rng.IntN(len(people))]
 		to := people[rng.IntN(len(people))]
-		t := task{key: fmt.Sprintf("%q", fmt.Sprintf("%016x-%d", rng.Uint64(), i)), order: order{from, to, 1 + rng.Int64N(20_00)}, copies: 1}
+		t := task{key: fmt.Sprintf("%q", fmt.Sprintf("%016x-%d", rng.Uint64(), i)), order: order{from, to, 1 + rng.Int64N(most)}, copies: 1}
 		switch kind := rng.IntN(100); {
 		case kind < 3:
 			t.order.To = nobody
 		case kind < 6:
 			t.order.Cents = 9_000_000_00
 		case kind < 10:
-			t.order.From, t.order.Cents = "grace", processor.PayoutLimit+rng.Int64N(2)
+			t.order.From, t.order.Cents = wealthy, processor.PayoutLimit+1+rng.Int64N(100)
 		case kind < 14:
 			t.order.To = t.order.From
 		}
@@ -89,7 +93,7 @@ func (o order) may(status int, kind string) bool {
 	case o.To == nobody:
 		return status == 404 && kind == "unknown-payee"
 	case status == 402 && kind == "insufficient-funds":
-		return o.Cents > 20_00 || o.From != "grace"
+		return o.Cents > most || o.From != wealthy
 	case processor.Decline(processor.Payout, processor.Order{To: o.To, Cents: o.Cents}) != "":
 		return status == 402 && kind == "declined"
 	}
