@@ -342,7 +342,7 @@ func TestAnInterruptedTransferGoesOnAtTheNextStart(t *testing.T) {
 		t.Errorf("%d %s %v, and %d payouts", w.Code, w.Body, w.Header(), b.payouts())
 	}
 	for _, line := range []string{
-		`"msg":"interrupted keys resume","keys":1`, `"msg":"key resumes","key":{"Scope":"account/ada","ID":"k1"}`, `"msg":"resumed key has its answer"`,
+		`"msg":"interrupted keys resume","keys":1`, `"msg":"key resumes","key":"account/ada/k1"`, `"msg":"resumed key has its answer"`,
 	} {
 		if !strings.Contains(b.logs.String(), line) {
 			t.Errorf("the log has no line with %s:\n%s", line, b.logs.String())
