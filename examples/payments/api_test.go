@@ -14,6 +14,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"example.com/keystate"
 	"example.com/keystate/examples/internal/processor"
 	"example.com/keystate/keyhttp"
 )
@@ -368,6 +369,13 @@ func TestAProcessorThatNeverAnswersEndsWithAnOperator(t *testing.T) {
 		}
 		if w := b.ask(question{method: "GET", path: "/healthz"}); !strings.Contains(w.Body.String(), `"parked":1`) {
 			t.Error(w.Body)
+		}
+		if err := b.engine.Abandon(t.Context(), keystate.Key{Scope: "account/ada", ID: "k1"}, "paid by hand"); err != nil {
+			t.Fatal(err)
+		}
+		w = b.ask(pay("ada", "k1", twenty))
+		if w.Code != http.StatusInternalServerError || !strings.Contains(w.Body.String(), "/abandoned") || !strings.Contains(w.Body.String(), "paid by hand") {
+			t.Errorf("%d %s", w.Code, w.Body)
 		}
 	})
 }
