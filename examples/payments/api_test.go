@@ -15,8 +15,10 @@ import (
 	"time"
 
 	"example.com/keystate"
+	"example.com/keystate/examples/internal/money"
 	"example.com/keystate/examples/internal/processor"
 	"example.com/keystate/keyhttp"
+	"go.etcd.io/bbolt"
 )
 
 // A bench is a service without a network, and a processor without one.
@@ -70,6 +72,19 @@ func (b *bench) payouts() (n int) {
 		}
 	}
 	return n
+}
+
+// books reads what the service has written.
+func (b *bench) books() (books money.Books) {
+	b.Helper()
+	err := b.engine.View(b.Context(), func(tx *bbolt.Tx) (err error) {
+		books, err = money.ReadBooks(tx)
+		return err
+	})
+	if err != nil {
+		b.Fatal(err)
+	}
+	return books
 }
 
 // within hands requests to a handler in this process.
@@ -157,6 +172,10 @@ func TestAnswers(t *testing.T) {
 		{"another transfer under a used key", pay("ada", "k1", `{"from":"ada","to":"bob","cents":2001}`), 422, "/key-reused"},
 		{"nobody", pay("", "k3", twenty), 401, "/unauthorized"},
 		{"a stranger", pay("stranger", "k3", twenty), 401, "/unauthorized"},
+		{"half a token", question{method: "POST", path: "/v1/transfers", key: "k3", body: twenty,
+			header: map[string]string{"Authorization": "Bearer ada-secre"}}, 401, "/unauthorized"},
+		{"more than a token", question{method: "POST", path: "/v1/transfers", key: "k3", body: twenty,
+			header: map[string]string{"Authorization": "Bearer ada-secrets"}}, 401, "/unauthorized"},
 		{"a scheme of another kind", question{method: "POST", path: "/v1/transfers", key: "k3", body: twenty,
 			header: map[string]string{"Authorization": "Basic ada-secret"}}, 401, "/unauthorized"},
 		{"no key", pay("ada", "", twenty), 400, "/key-missing"},
@@ -307,6 +326,14 @@ func TestInFlightIsToldApartFromDone(t *testing.T) {
 	}
 	if n := b.balance("ada"); n != 1_980_00 {
 		t.Errorf("meanwhile ada has %d", n)
+	}
+	for id := range b.books().Transfers {
+		if w := b.ask(question{method: "GET", path: transfersPath + id, as: "ada"}); w.Code != http.StatusOK || b.transfer(w).Status != money.Pending {
+			t.Errorf("meanwhile the transfer is %d %s", w.Code, w.Body)
+		}
+	}
+	if n := len(b.books().Transfers); n != 1 {
+		t.Errorf("meanwhile there are %d transfers", n)
 	}
 	close(g.open)
 	first := <-answered

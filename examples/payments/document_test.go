@@ -31,8 +31,10 @@ type operation struct {
 }
 
 type response struct {
-	Ref     string         `json:"$ref"`
-	Headers map[string]any `json:"headers"`
+	Ref     string `json:"$ref"`
+	Headers map[string]struct {
+		Required bool `json:"required"`
+	} `json:"headers"`
 	Content map[string]struct {
 		Schema schema `json:"schema"`
 	} `json:"content"`
@@ -79,6 +81,11 @@ func undocumented(s *service, r *http.Request, w *httptest.ResponseRecorder) (fa
 	for _, name := range []string{"Location", "Retry-After", "Should-Retry", "Idempotency-Key", "Idempotent-Replayed", "WWW-Authenticate"} {
 		if _, told := answer.Headers[name]; !told && w.Header().Get(name) != "" {
 			faults = append(faults, "the document has no header "+name+" for "+strconv.Itoa(w.Code))
+		}
+	}
+	for name, told := range answer.Headers {
+		if told.Required && w.Header().Get(name) == "" {
+			faults = append(faults, "the header "+name+" is missing with "+strconv.Itoa(w.Code))
 		}
 	}
 	return append(faults, contradictions(doc, content.Schema, w.Body.Bytes())...)
