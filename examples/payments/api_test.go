@@ -404,6 +404,9 @@ func TestAProcessorThatNeverAnswersEndsWithAnOperator(t *testing.T) {
 		if w.Code != http.StatusInternalServerError || !strings.Contains(w.Body.String(), "/abandoned") || !strings.Contains(w.Body.String(), "paid by hand") {
 			t.Errorf("%d %s", w.Code, w.Body)
 		}
+		if w.Header().Get("Idempotent-Replayed") != "true" {
+			t.Errorf("the client does not learn that asking again is of no use: %v", w.Header())
+		}
 	})
 }
 

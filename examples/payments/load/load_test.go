@@ -59,6 +59,19 @@ func TestAServiceThatEndsByItselfIsAFault(t *testing.T) {
 	}
 }
 
+func TestADirectoryWithSomethingInItIsLeftAlone(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "payments.db"), []byte("mine"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := perform(t.Context(), settings{transfers: 1, callers: 1, seed: 1, dir: dir}); err == nil {
+		t.Error("it went on")
+	}
+	if text, err := os.ReadFile(filepath.Join(dir, "payments.db")); string(text) != "mine" {
+		t.Errorf("the file holds %q (%v)", text, err)
+	}
+}
+
 func TestThePlanIsTheSameForTheSameSeed(t *testing.T) {
 	a, b := plan(7, 500), plan(7, 500)
 	if !reflect.DeepEqual(a, b) || reflect.DeepEqual(a, plan(8, 500)) {

@@ -126,6 +126,8 @@ func perform(ctx context.Context, s settings) (v *verdict, err error) {
 		}()
 	} else if err := os.MkdirAll(s.dir, 0o700); err != nil {
 		return nil, err
+	} else if left, err := os.ReadDir(s.dir); err != nil || len(left) > 0 {
+		return nil, errors.Join(err, fmt.Errorf("%s is not empty", s.dir))
 	}
 	if s.server == "" {
 		s.server = filepath.Join(s.dir, "payments")
