@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"time"
@@ -29,6 +30,9 @@ func (k Key) String() string {
 	}
 	return k.Scope + "/" + k.ID
 }
+
+// LogValue lets a key be logged as it is written elsewhere.
+func (k Key) LogValue() slog.Value { return slog.StringValue(k.String()) }
 
 const maxKeyPart = 255
 

@@ -134,6 +134,7 @@ func (o *Options) refuse(w http.ResponseWriter, r *http.Request, p *Problem) {
 	if err != nil {
 		body = nil
 	}
+	body = append(body, '\n')
 	h := w.Header()
 	h.Set("Content-Type", "application/problem+json")
 	h.Set("Content-Length", strconv.Itoa(len(body)))
