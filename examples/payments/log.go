@@ -97,6 +97,6 @@ func (l *leftovers) tell(what string, e keystate.Event) {
 	mine := l.keys[e.Key]
 	l.mu.Unlock()
 	if mine {
-		l.log.Info(what, "key", e.Key.String(), "machine", e.Machine, "point", e.Point, "attempt", e.Attempt)
+		l.log.Info(what, "key", e.Key, "machine", e.Machine, "point", e.Point, "attempt", e.Attempt)
 	}
 }
