@@ -120,8 +120,8 @@ func TestAKeyThatFiberLentIsStillTheSameAfterTheNextRequest(t *testing.T) {
 		return nil
 	}
 	request := func(path, key string) string {
-		return fmt.Sprintf("POST /accounts/ada/%s HTTP/1.1\r\nHost: shop\r\nAuthorization: Bearer %s\r\nIdempotency-Key: %s\r\nContent-Length: 0\r\n\r\n",
-			path, key[:6], key)
+		return fmt.Sprintf("POST /accounts/ada/%s HTTP/1.1\r\nHost: shop\r\nAuthorization: Bearer %s\r\n"+
+			"Idempotency-Key: %s\r\nContent-Length: 0\r\n\r\n", path, key[:6], key)
 	}
 	c := dial(t, listen(t, Fiber(b.Shop)))
 	if got := c.ask(t, request("payments", "aaaaaaaa-1111")); got.StatusCode != http.StatusServiceUnavailable {

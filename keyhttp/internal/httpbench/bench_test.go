@@ -13,9 +13,18 @@ import (
 
 var callers = []int{1, 16, 64}
 
+// slice is how long one contender is measured at a time.
+func slice() time.Duration {
+	if testing.Short() {
+		return 20 * time.Millisecond
+	}
+	return 300 * time.Millisecond
+}
+
 // field is all that is measured side by side. The first of each group is what the others are held against.
 func field(b *testing.B) (requests, replays []contender) {
-	handle, middleware, without, other := serve(b, handler(b)), serve(b, protected(b)), serve(b, http.HandlerFunc(plain)), serveFiber(b)
+	handle, middleware := serve(b, handler(b)), serve(b, protected(b))
+	without, other := serve(b, http.HandlerFunc(plain)), serveFiber(b)
 	return []contender{
 			bare(b),
 			fresh("keyhttp.Handle", handle, keyName),
@@ -34,12 +43,7 @@ func field(b *testing.B) (requests, replays []contender) {
 //
 //	go test -run '^$' -bench SideBySide -benchtime 1x .
 func BenchmarkSideBySide(b *testing.B) {
-	slice := 300 * time.Millisecond
-	if testing.Short() {
-		slice = 20 * time.Millisecond
-	}
 	requests, replays := field(b)
-	b.ResetTimer()
 	var tables strings.Builder
 	for _, group := range []struct {
 		title string
@@ -47,7 +51,7 @@ func BenchmarkSideBySide(b *testing.B) {
 	}{{"first requests", requests}, {"replays", replays}} {
 		measured := map[int][]result{}
 		for _, n := range callers {
-			measured[n] = inTurns(b, group.of, n, 5*b.N, slice)
+			measured[n] = inTurns(b, group.of, n, 5*b.N)
 		}
 		fmt.Fprintf(&tables, "\n| %s |", group.title)
 		for _, n := range callers {
@@ -77,12 +81,12 @@ func atOnce(callers int) string {
 // A result is the median of a contender's rates, of their ratios to the first contender's in the same turn, and of its costs in µs.
 type result struct{ rate, ratio, cost float64 }
 
-func inTurns(b *testing.B, field []contender, callers, turns int, slice time.Duration) []result {
+func inTurns(b *testing.B, field []contender, callers, turns int) []result {
 	rates, ratios, costs := make([][]float64, len(field)), make([][]float64, len(field)), make([][]float64, len(field))
 	for turn := range turns + 1 {
 		first := 0.0
 		for i, c := range field {
-			p := c.pace(b, callers, slice)
+			p := c.pace(b, callers, slice())
 			if i == 0 {
 				first = p.rate
 			}
@@ -114,7 +118,7 @@ func BenchmarkEach(b *testing.B) {
 				b.Run(fmt.Sprintf("%s/%s/%d", title, strings.ReplaceAll(c.name, "/", " "), n), func(b *testing.B) {
 					var rates, costs []float64
 					for b.Loop() {
-						p := c.pace(b, n, 300*time.Millisecond)
+						p := c.pace(b, n, slice())
 						rates, costs = append(rates, p.rate), append(costs, float64(p.cost.Nanoseconds()))
 					}
 					b.ReportMetric(0, "ns/op")

@@ -197,8 +197,8 @@ const body = `{"Account":"ada","Cents":500}`
 
 // request appends a request under the key.
 func request(out []byte, keyName, key string) []byte {
-	return fmt.Appendf(out, "POST /orders HTTP/1.1\r\nHost: shop\r\nAuthorization: Bearer ada\r\nContent-Type: application/json\r\n%s: %s\r\nContent-Length: %d\r\n\r\n%s",
-		keyName, key, len(body), body)
+	return fmt.Appendf(out, "POST /orders HTTP/1.1\r\nHost: shop\r\nAuthorization: Bearer ada\r\n"+
+		"Content-Type: application/json\r\n%s: %s\r\nContent-Length: %d\r\n\r\n%s", keyName, key, len(body), body)
 }
 
 const (
