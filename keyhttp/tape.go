@@ -34,7 +34,7 @@ func newTape(w http.ResponseWriter, limit int) *tape {
 
 // writer is what the handler writes to: whatever else the server's own ResponseWriter can do, it can do as well.
 func (t *tape) writer() http.ResponseWriter {
-	return httpsnoop.Wrap(t.w, httpsnoop.Hooks{
+	return t.reached(httpsnoop.Wrap(t.w, httpsnoop.Hooks{
 		Header:      func(httpsnoop.HeaderFunc) httpsnoop.HeaderFunc { return t.Header },
 		WriteHeader: func(httpsnoop.WriteHeaderFunc) httpsnoop.WriteHeaderFunc { return t.WriteHeader },
 		Write:       func(httpsnoop.WriteFunc) httpsnoop.WriteFunc { return t.Write },
@@ -53,7 +53,7 @@ func (t *tape) writer() http.ResponseWriter {
 		Hijack: func(next httpsnoop.HijackFunc) httpsnoop.HijackFunc {
 			return func() (net.Conn, *bufio.ReadWriter, error) { return t.hijack(next) }
 		},
-	})
+	}))
 }
 
 // writeOnly hides that a tape may be able to do more than write.
