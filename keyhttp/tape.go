@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"cmp"
+	"errors"
 	"io"
 	"maps"
 	"net"
@@ -109,12 +110,21 @@ func (t *tape) Write(b []byte) (int, error) {
 	if !t.through {
 		return len(b), nil
 	}
-	return t.w.Write(b)
+	n, err := t.w.Write(b)
+	if !t.cut { // a handler that broke off because its client is gone would leave half an answer to the retry
+		return len(b), nil
+	}
+	return n, err
 }
 
+// flush lets the handler know that its client is gone only when nothing is recorded any more.
 func (t *tape) flush(next func() error) error {
 	t.letThrough()
-	return next()
+	err := next()
+	if t.cut || errors.Is(err, http.ErrNotSupported) {
+		return err
+	}
+	return nil
 }
 
 func (t *tape) hijack(next httpsnoop.HijackFunc) (net.Conn, *bufio.ReadWriter, error) {
