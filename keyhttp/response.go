@@ -40,8 +40,13 @@ func newRecorder() *recorder { return &recorder{header: http.Header{}} }
 
 func (r *recorder) Header() http.Header { return r.header }
 
+// WriteHeader panics at what is no status, as net/http does: stored, it would panic at every retry.
 func (r *recorder) WriteHeader(status int) {
-	if r.status == 0 && status >= 200 { // what comes before is informational
+	switch {
+	case r.status != 0: // the first one counts
+	case status < 100 || status > 999:
+		panic(fmt.Sprintf("keyhttp: %d is no status of an answer", status))
+	case status >= 200: // what comes before is informational
 		r.status, r.sent = status, r.header.Clone()
 	}
 }
