@@ -123,6 +123,9 @@ func (a *Response) send(w http.ResponseWriter) {
 	if bodyAllowed(a.Status) {
 		h["Content-Length"] = []string{strconv.Itoa(len(a.Body))}
 	}
+	if _, typed := h["Content-Type"]; !typed && len(a.Body) > 0 {
+		h["Content-Type"] = nil // net/http would guess one, and the first answer had none
+	}
 	w.WriteHeader(a.Status)
 	if len(a.Body) > 0 {
 		w.Write(a.Body) // a client that is gone asks again
