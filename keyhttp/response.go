@@ -88,6 +88,7 @@ func (o *Options) keep(status int, header http.Header, body []byte) (*Response, 
 		return &Response{Status: status, Omitted: true}, nil
 	}
 	if o.Seal != nil {
+		kept.Header, kept.Body = kept.Header.Clone(), bytes.Clone(body) // Seal may work in place, and the first answer is still to be sent
 		sealed, err := o.Seal(kept)
 		if err != nil {
 			return nil, fmt.Errorf("keyhttp: seal the answer: %w", err)
