@@ -42,16 +42,16 @@ var errNoKey = errors.New("keyhttp: the request has no key")
 
 // take reads a request. What is wrong with it is told before anything is claimed.
 func (in *intake) take(w http.ResponseWriter, r *http.Request) (*call, error) {
-	scope, err := in.scope(r)
-	if err != nil {
-		return nil, err
-	}
 	s, problem := in.spelledKey(r)
+	if problem == nil && s.id == "" && in.Optional {
+		return nil, errNoKey // and needs no scope
+	}
+	scope, err := in.scope(r)
 	switch {
+	case err != nil:
+		return nil, err
 	case problem != nil:
 		return nil, problem
-	case s.id == "" && in.Optional:
-		return nil, errNoKey
 	case s.id == "":
 		return nil, newProblem(KeyMissing, "Send the header Idempotency-Key with a value of your own that is unique to this request, such as a UUID, and the same value when you repeat the request.")
 	}
