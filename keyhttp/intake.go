@@ -86,6 +86,11 @@ func (in *intake) withKey(w http.ResponseWriter, r *http.Request, key keystate.K
 		p.cause = err
 		return nil, p
 	}
+	if len(body) == 0 && (r.ContentLength > 0 || len(r.PostForm) > 0 || r.MultipartForm != nil) {
+		p := newProblem(Unavailable, "The request cannot be told from another one.")
+		p.cause = errBodyGone
+		return nil, p
+	}
 	c := &call{key: key, digest: in.digest(r, body)}
 	c.r = r.WithContext(context.WithValue(r.Context(), callInHand{}, c))
 	c.r.Body, c.r.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
@@ -102,6 +107,8 @@ func (in *intake) read(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	_, err := body.ReadFrom(http.MaxBytesReader(w, r.Body, in.MaxBody))
 	return body.Bytes(), err
 }
+
+var errBodyGone = errors.New("keyhttp: the body was read before it came here: what reads it, such as FormValue, must not come first")
 
 // callInHand leads from a request to its call.
 type callInHand struct{}
