@@ -77,9 +77,12 @@ func (in *intake) scope(r *http.Request) (string, error) {
 
 // withKey reads the body, and so knows the request.
 func (in *intake) withKey(w http.ResponseWriter, r *http.Request, key keystate.Key) (*call, error) {
+	if r.ContentLength > in.MaxBody { // before a client that expects 100-continue begins to send it
+		return nil, tooLarge(in.MaxBody)
+	}
 	body, err := in.read(w, r)
-	if tooLarge := (*http.MaxBytesError)(nil); errors.As(err, &tooLarge) {
-		return nil, newProblem(RequestTooLarge, "The body has more than %d bytes.", tooLarge.Limit)
+	if beyond := (*http.MaxBytesError)(nil); errors.As(err, &beyond) {
+		return nil, tooLarge(beyond.Limit)
 	}
 	if err != nil {
 		p := newProblem(RequestInvalid, "The body could not be read to its end.")
@@ -109,6 +112,10 @@ func (in *intake) read(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 }
 
 var errBodyGone = errors.New("keyhttp: the body was read before it came here: what reads it, such as FormValue, must not come first")
+
+func tooLarge(limit int64) *Problem {
+	return newProblem(RequestTooLarge, "The body has more than %d bytes.", limit)
+}
 
 // callInHand leads from a request to its call.
 type callInHand struct{}
