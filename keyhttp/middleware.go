@@ -16,19 +16,13 @@ import (
 // a machine of one phase, whose effect is the handler. A handler whose process ended in the middle has perhaps done a part of its work,
 // and nobody knows which: its key is forgotten, so that the client's retry runs the handler again from its beginning; or, with
 // [Options.AtMostOnce], parked. An answer is sent when it is on disk, unless the handler flushes or writes more than can be stored:
-// what has been sent then may still have to be done again. A panic of the handler's is passed on; its key is treated as after a crash.
+// what has been sent then may still have to be done again. What a handler sends in pieces is recorded to its end, also when the client
+// is gone: its Write and Flush do not fail then. A panic of the handler's is passed on; its key is treated as after a crash.
 //
 // The handler gets a request whose body can be read as usual, whose context ends when the engine closes and not when the client goes
 // away, and which knows its [KeyOf] and its [Token].
 func Middleware[Tx any](e *keystate.Engine[Tx], machine string, o Options) (func(http.Handler) http.Handler, error) {
-	in, err := newIntake(o)
-	if err != nil {
-		return nil, err
-	}
-	g := &guard{intake: in, offers: map[identity][]*attempt{}}
-	g.machine, err = keystate.Register(e, machine, []keystate.Phase[Tx, recording]{{
-		To: keystate.Finished, Effect: g.run, AtMostOnce: in.AtMostOnce, Timeout: -1,
-	}})
+	g, err := newGuard(e, machine, o)
 	if err != nil {
 		return nil, err
 	}
@@ -47,6 +41,7 @@ type guard struct {
 
 	mu     sync.Mutex
 	offers map[identity][]*attempt // requests that wait, each with a handler that may run now
+	taken  map[string]*attempt     // by token: requests whose handler a run has called
 }
 
 // An identity is a request as its retries share it.
@@ -63,8 +58,21 @@ type attempt struct {
 	next     http.Handler
 	tape     *tape
 	ended    chan struct{} // closed when the handler has ended; what follows is written before
+	token    string
 	answered bool
 	panicked any
+}
+
+func newGuard[Tx any](e *keystate.Engine[Tx], machine string, o Options) (*guard, error) {
+	in, err := newIntake(o)
+	if err != nil {
+		return nil, err
+	}
+	g := &guard{intake: in, offers: map[identity][]*attempt{}, taken: map[string]*attempt{}}
+	g.machine, err = keystate.Register(e, machine, []keystate.Phase[Tx, recording]{{
+		To: keystate.Finished, Effect: g.run, AtMostOnce: in.AtMostOnce, Timeout: -1,
+	}})
+	return g, err
 }
 
 func (g *guard) serve(w http.ResponseWriter, r *http.Request, next http.Handler) {
@@ -98,6 +106,7 @@ func (g *guard) attend(w http.ResponseWriter, c *call, next http.Handler) {
 	if taken && err == nil {
 		_, err = run.Wait(context.WithoutCancel(c.r.Context()))
 	}
+	g.strikeOff(a)
 	switch {
 	case taken:
 		g.conclude(w, a, err)
@@ -142,7 +151,7 @@ func (g *guard) withdraw(a *attempt) bool {
 }
 
 // takeUp finds an attempt that is offered for a run, or nil.
-func (g *guard) takeUp(id identity) *attempt {
+func (g *guard) takeUp(id identity, token string) *attempt {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	offers := g.offers[id]
@@ -150,7 +159,28 @@ func (g *guard) takeUp(id identity) *attempt {
 		return nil
 	}
 	g.keepOffers(id, offers[1:])
-	return offers[0]
+	a := offers[0]
+	a.token, g.taken[token] = token, a
+	return a
+}
+
+// answeredBy finds the attempt whose handler has answered for a token, or nil.
+func (g *guard) answeredBy(token string) *attempt {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if a := g.taken[token]; a != nil && a.answered {
+		return a
+	}
+	return nil
+}
+
+// strikeOff forgets an attempt that has been taken up.
+func (g *guard) strikeOff(a *attempt) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.taken[a.token] == a {
+		delete(g.taken, a.token)
+	}
 }
 
 func (g *guard) keepOffers(id identity, offers []*attempt) {
@@ -169,28 +199,52 @@ var (
 
 // run is the effect of every key: the handler. Where nobody is there for whom it could run, after a crash, the key is forgotten:
 // the client's retry begins anew. A key that must not do that does not come here, but is parked.
-func (g *guard) run(ctx context.Context, token string, x *recording) error {
-	a := g.takeUp(identity{keystate.KeyOf(ctx), string(x.Request)})
+func (g *guard) run(ctx context.Context, token string, x *recording) (err error) {
+	if a := g.answeredBy(token); a != nil { // and the engine could not take it
+		g.intake.Logger.Error("keyhttp: an answer is not kept", "key", a.call.key, "error", "it does not fit into the engine's MaxState, or Seal ended its goroutine")
+		x.Response = a.omitted()
+		return nil
+	}
+	a := g.takeUp(identity{keystate.KeyOf(ctx), string(x.Request)}, token)
 	if a == nil {
 		return keystate.Withdraw(errNobody)
 	}
 	if err := g.handle(ctx, token, a); err != nil {
 		return err
 	}
+	x.Response, err = g.kept(a)
+	return err
+}
+
+// kept is what is stored of the handler's answer. The handler has run: whatever fails now, better no answer for the retry than a
+// second run.
+func (g *guard) kept(a *attempt) (kept *Response, err error) {
+	fault := func(why any) {
+		g.intake.Logger.Error("keyhttp: an answer is not kept", "key", a.call.key, "error", why)
+		kept, err = a.omitted(), nil
+	}
+	defer func() {
+		if v := recover(); v != nil {
+			fault(fmt.Sprintf("panic: %v\n%s", v, debug.Stack()))
+		}
+	}()
 	status, header, body, whole := a.tape.recorded()
 	if !g.intake.Save(status) {
-		return keystate.Withdraw(fmt.Errorf("%w: status %d", errNotSaved, status))
+		return nil, keystate.Withdraw(fmt.Errorf("%w: status %d", errNotSaved, status))
 	}
-	if x.Response = (&Response{Status: status, Omitted: true}); !whole {
-		return nil
+	if !whole {
+		return a.omitted(), nil
 	}
-	kept, err := g.intake.keep(status, header, body)
-	if err != nil { // the handler has run: better no answer for the retry than a second run
-		g.intake.Logger.Error("keyhttp: an answer is not kept", "key", a.call.key, "error", err)
-		return nil
+	if kept, err = g.intake.keep(status, header, body); err != nil {
+		fault(err)
 	}
-	x.Response = kept
-	return nil
+	return kept, err
+}
+
+// omitted is what is stored of an answer that is not.
+func (a *attempt) omitted() *Response {
+	status, _, _, _ := a.tape.recorded()
+	return &Response{Status: status, Omitted: true}
 }
 
 // handle calls the handler. A panic is kept for the goroutine on which the request came in.

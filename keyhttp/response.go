@@ -14,7 +14,8 @@ type Response struct {
 	Header http.Header `msgpack:"header,omitempty"` // what Options.KeepHeaders lets through
 	Body   []byte      `msgpack:"body,omitempty"`
 
-	// Omitted says that the answer was larger than Options.MaxResponse: it was given once, and only its status is kept.
+	// Omitted says that the answer was given once, and only its status is kept: it was larger than Options.MaxResponse, or Seal
+	// failed, or it broke off.
 	Omitted bool `msgpack:"omitted,omitempty"`
 }
 
@@ -101,7 +102,7 @@ func (o *Options) keep(status int, header http.Header, body []byte) (*Response, 
 // open makes of what is stored what is sent.
 func (o *Options) open(stored *Response) (Response, *Problem) {
 	if stored.Omitted {
-		return Response{}, newProblem(AnswerNotKept, "The request was done, and answered with status %d. The answer was too large to be kept, and the request will not be done again.", stored.Status)
+		return Response{}, newProblem(AnswerNotKept, "The request was done, and answered with status %d. The answer could not be kept, such as one that is too large, and the request will not be done again.", stored.Status)
 	}
 	if o.Open == nil {
 		return *stored, nil
