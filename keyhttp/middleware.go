@@ -263,7 +263,13 @@ func (g *guard) handle(ctx context.Context, token string, a *attempt) (err error
 			err = keystate.Withdraw(err)
 		}
 	}()
-	a.next.ServeHTTP(a.tape.writer(), a.call.r.WithContext(handlerContext{ctx, a.call.r.Context(), token}))
+	r := a.call.r.WithContext(handlerContext{ctx, a.call.r.Context(), token})
+	defer func() {
+		if r.MultipartForm != nil && a.call.r.MultipartForm == nil { // net/http does it only for the request that it has made itself
+			r.MultipartForm.RemoveAll()
+		}
+	}()
+	a.next.ServeHTTP(a.tape.writer(), r)
 	a.tape.finish()
 	a.answered = true
 	return nil
