@@ -13,14 +13,16 @@ import (
 )
 
 // Middleware protects any handler: it stores the handler's answer under the request's key, and gives it to every retry. It registers
-// a machine of one phase, whose effect is the handler. A handler whose process ended in the middle has perhaps done a part of its work,
-// and nobody knows which: its key is forgotten, so that the client's retry runs the handler again from its beginning; or, with
-// [Options.AtMostOnce], parked. An answer is sent when it is on disk, unless the handler flushes or writes more than can be stored:
-// what has been sent then may still have to be done again. What a handler sends in pieces is recorded to its end, also when the client
-// is gone: its Write and Flush do not fail then. A panic of the handler's is passed on; its key is treated as after a crash.
+// a machine of one phase, whose effect is the handler. A handler whose process ended in the middle, or whose answer the disk did not
+// take, has perhaps done a part of its work, and nobody knows which: its key is forgotten, so that the client's retry runs the handler
+// again from its beginning; or, with [Options.AtMostOnce], parked. A panic of the handler's is passed on; its key is treated the same.
+//
+// An answer is sent when it is on disk, unless the handler flushes or writes more than can be stored: what has been sent then may
+// still have to be done again. What a handler sends in pieces is recorded to its end, also when the client is gone: its Write and
+// Flush do not fail then.
 //
 // The handler gets a request whose body can be read as usual, whose context ends when the engine closes and not when the client goes
-// away, and which knows its [KeyOf] and its [Token].
+// away, and which knows its [KeyOf] and its [Token]. Nothing in front of Middleware may read the body.
 func Middleware[Tx any](e *keystate.Engine[Tx], machine string, o Options) (func(http.Handler) http.Handler, error) {
 	g, err := newGuard(e, machine, o)
 	if err != nil {
