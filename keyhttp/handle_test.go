@@ -676,6 +676,18 @@ func TestProblemsTellNothingOfTheInside(t *testing.T) {
 	}
 }
 
+func TestProblemsCanHaveTheAPIsOwnForm(t *testing.T) {
+	s := openShop(t, keyhttp.Options{WriteProblem: func(w http.ResponseWriter, r *http.Request, p *keyhttp.Problem) {
+		w.WriteHeader(p.Status)
+		fmt.Fprintf(w, "%s %s: %s", r.Method, p.Type, p.Title)
+	}})
+	answer := s.do(post("", tea))
+	want := "POST https://example.com/keystate/problems/key-missing: The request needs an idempotency key"
+	if got := body(t, answer); answer.StatusCode != http.StatusBadRequest || got != want || answer.Header.Get("Should-Retry") != "false" {
+		t.Errorf("%d %s, %v", answer.StatusCode, got, answer.Header)
+	}
+}
+
 func TestAHandlerThatWasCutOffGoesOnByItself(t *testing.T) {
 	s := openShop(t, keyhttp.Options{})
 	inside := make(chan bool)

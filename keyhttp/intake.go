@@ -84,31 +84,36 @@ func (in *intake) withKey(w http.ResponseWriter, r *http.Request, key keystate.K
 	if beyond := (*http.MaxBytesError)(nil); errors.As(err, &beyond) {
 		return nil, tooLarge(beyond.Limit)
 	}
-	if err != nil {
+	if err != nil && !errors.Is(err, io.EOF) {
 		p := newProblem(RequestInvalid, "The body could not be read to its end.")
 		p.cause = err
 		return nil, p
 	}
-	if len(body) == 0 && (r.ContentLength > 0 || len(r.PostForm) > 0 || r.MultipartForm != nil) {
+	if err != nil || len(body) == 0 && (len(r.PostForm) > 0 || r.MultipartForm != nil) {
 		p := newProblem(Unavailable, "The request cannot be told from another one.")
 		p.cause = errBodyGone
 		return nil, p
 	}
+	// The engine keeps the key for longer than the request lasts, and some servers lend out the memory of their strings.
+	key = keystate.Key{Scope: strings.Clone(key.Scope), ID: strings.Clone(key.ID)}
 	c := &call{key: key, digest: in.digest(r, body)}
 	c.r = r.WithContext(context.WithValue(r.Context(), callInHand{}, c))
 	c.r.Body, c.r.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
 	return c, nil
 }
 
-// read reads a body to its end.
+// read reads a body to its end. Of one that has been read before, nothing is left: io.EOF.
 func (in *intake) read(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	if r.Body == nil {
 		return nil, nil
 	}
-	var body bytes.Buffer
-	body.Grow(int(min(max(r.ContentLength, 0), in.MaxBody)) + bytes.MinRead)
-	_, err := body.ReadFrom(http.MaxBytesReader(w, r.Body, in.MaxBody))
-	return body.Bytes(), err
+	limited := http.MaxBytesReader(w, r.Body, in.MaxBody)
+	if r.ContentLength <= 0 { // it may still have one
+		return io.ReadAll(limited)
+	}
+	body := make([]byte, r.ContentLength)
+	_, err := io.ReadFull(limited, body)
+	return body, err
 }
 
 var errBodyGone = errors.New("keyhttp: the body was read before it came here: what reads it, such as FormValue, must not come first")

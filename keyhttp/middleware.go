@@ -58,7 +58,8 @@ func (c *call) identity() identity { return identity{c.key, string(c.digest)} }
 type attempt struct {
 	call     *call
 	next     http.Handler
-	tape     *tape
+	w        http.ResponseWriter
+	tape     *tape         // from when the handler runs
 	ended    chan struct{} // closed when the handler has ended; what follows is written before
 	token    string
 	answered bool
@@ -95,7 +96,7 @@ func (g *guard) serve(w http.ResponseWriter, r *http.Request, next http.Handler)
 
 // attend offers a call's handler to whatever run there is for its key, and answers by what came of it.
 func (g *guard) attend(w http.ResponseWriter, c *call, next http.Handler) {
-	a := &attempt{call: c, next: next, tape: newTape(w, g.intake.MaxResponse), ended: make(chan struct{})}
+	a := &attempt{call: c, next: next, w: w, ended: make(chan struct{})}
 	g.offer(a)
 	run, err := g.start(c)
 	if err == nil && !run.Replayed() && !run.Joined() {
@@ -265,6 +266,7 @@ func (g *guard) handle(ctx context.Context, token string, a *attempt) (err error
 			err = keystate.Withdraw(err)
 		}
 	}()
+	a.tape = newTape(a.w, g.intake.MaxResponse)
 	r := a.call.r.WithContext(handlerContext{ctx, a.call.r.Context(), token})
 	defer func() {
 		if r.MultipartForm != nil && a.call.r.MultipartForm == nil { // net/http does it only for the request that it has made itself

@@ -70,6 +70,10 @@ type Options struct {
 	// ProblemBase is what the types of problems begin with: where their documentation is. Default: "https://example.com/keystate/problems/".
 	ProblemBase string
 
+	// WriteProblem writes a problem in a form of the API's own. Its type is whole by then, its status set, and the headers Should-Retry and
+	// Retry-After are. Default: as RFC 9457 has it.
+	WriteProblem func(w http.ResponseWriter, r *http.Request, p *Problem)
+
 	// Logger gets what leads to an answer of 500 and above. Default: slog.Default().
 	Logger *slog.Logger
 

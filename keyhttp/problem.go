@@ -130,19 +130,28 @@ func (o *Options) refuse(w http.ResponseWriter, r *http.Request, p *Problem) {
 	case err != nil || u.Scheme == "":
 		q.Type = o.ProblemBase + q.Type
 	}
-	body, err := json.Marshal(&q)
-	if err != nil {
-		body = nil
-	}
-	body = append(body, '\n')
 	h := w.Header()
-	h.Set("Content-Type", "application/problem+json")
-	h.Set("Content-Length", strconv.Itoa(len(body)))
 	h.Set("Cache-Control", "no-store")
 	h.Set(ShouldRetryHeader, strconv.FormatBool(q.RetryAfter > 0))
 	if q.RetryAfter > 0 {
 		h.Set("Retry-After", strconv.Itoa(int(math.Ceil(q.RetryAfter.Seconds()))))
 	}
-	w.WriteHeader(q.Status)
+	if o.WriteProblem != nil {
+		o.WriteProblem(w, r, &q)
+		return
+	}
+	writeProblem(w, &q)
+}
+
+func writeProblem(w http.ResponseWriter, p *Problem) {
+	body, err := json.Marshal(p)
+	if err != nil {
+		http.Error(w, p.Title, p.Status)
+		return
+	}
+	body = append(body, '\n')
+	w.Header().Set("Content-Type", "application/problem+json")
+	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+	w.WriteHeader(p.Status)
 	w.Write(body)
 }

@@ -27,33 +27,14 @@ func Fiber(s Shop) *fiber.App {
 	return app
 }
 
-// fiberHandler makes the route's parameters those of net/http, and the request the handler's own.
+// fiberHandler makes the route's parameters those of net/http.
 func fiberHandler(h http.Handler) fiber.Handler {
 	return func(c fiber.Ctx) error {
 		return adaptor.HTTPHandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			r = owned(r)
 			for _, name := range c.Route().Params {
 				r.SetPathValue(name, strings.Clone(c.Params(name)))
 			}
 			h.ServeHTTP(w, r)
 		})(c)
 	}
-}
-
-// owned copies the strings that the adaptor lends: fasthttp writes the next request over them, and a key may be known
-// to the engine for longer than its request lasts.
-func owned(r *http.Request) *http.Request {
-	r = r.Clone(r.Context())
-	header := make(http.Header, len(r.Header))
-	for name, values := range r.Header {
-		for _, v := range values {
-			name := strings.Clone(name)
-			header[name] = append(header[name], strings.Clone(v))
-		}
-	}
-	r.Header, r.Method, r.Host, r.RequestURI = header, strings.Clone(r.Method), strings.Clone(r.Host), strings.Clone(r.RequestURI)
-	if u, err := r.URL.Parse(r.RequestURI); err == nil {
-		r.URL = u
-	}
-	return r
 }
