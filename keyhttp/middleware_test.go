@@ -1185,6 +1185,37 @@ func TestHowLongAndHowManyWaitForTheAnswer(t *testing.T) {
 	})
 }
 
+// mwMinted is a UUIDv7 of now by the bubble's clock: package uuid never goes back to it.
+func mwMinted(last string) string {
+	ms := fmt.Sprintf("%012x", time.Now().UnixMilli())
+	return ms[:8] + "-" + ms[8:] + "-7000-8000-00000000000" + last
+}
+
+func TestAnOldKeyIsRefusedUnlessItIsKnown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := mwEngine(t, filepath.Join(t.TempDir(), "store.db"), keystate.Options{})
+		defer e.Close()
+		runs := 0
+		door := mwDoor(t, e, keyhttp.Options{KeyLife: time.Hour}, func(http.ResponseWriter, *http.Request) { runs++ })
+		ask := func(key string) *httptest.ResponseRecorder {
+			w := httptest.NewRecorder()
+			door.ServeHTTP(w, mwRequest("/", key, ""))
+			return w
+		}
+		used, unused := mwMinted("1"), mwMinted("2")
+		if w := ask(used); w.Code != 200 {
+			t.Errorf("%d %s", w.Code, w.Body)
+		}
+		time.Sleep(time.Hour + time.Second) // of the bubble's clock
+		if w := ask(used); w.Code != 200 || w.Header().Get("Idempotent-Replayed") != "true" {
+			t.Errorf("%d %s", w.Code, w.Body)
+		}
+		if w := ask(unused); w.Code != 400 || !strings.Contains(w.Body.String(), keyhttp.KeyExpired) || runs != 1 {
+			t.Errorf("%d %s, %d runs", w.Code, w.Body, runs)
+		}
+	})
+}
+
 func TestAnAnswerIsSealedInTheStoreAndOpenedForTheRetry(t *testing.T) {
 	block, err := aes.NewCipher(make([]byte, 16))
 	if err != nil {
