@@ -16,7 +16,7 @@ import (
 type Options struct {
 	// Scope says who asks: the account or tenant that the request was authenticated for. Keys of different scopes never meet, so
 	// that nobody is given another's answer. An error is the answer: a [*Problem] as it is, any other as 401. So is an empty
-	// scope; [Public] is for endpoints that have no callers to tell apart.
+	// scope; [Public] is for endpoints that have no callers to tell apart. It must not read the body.
 	Scope func(*http.Request) (string, error)
 
 	// Methods are the request methods that need a key. Others pass through Middleware, and are 405 at Handle. Default: POST, PATCH.

@@ -27,7 +27,7 @@ const (
 	RequestTooLarge  = "request-too-large"  // 413: beyond Options.MaxBody, or the engine's MaxState
 	ScopeUnknown     = "scope-unknown"      // 401: it is not known who asks
 	MethodNotAllowed = "method-not-allowed" // 405: none of Options.Methods
-	AnswerNotKept    = "answer-not-kept"    // 410: the request is done, and its answer was too large to be kept
+	AnswerNotKept    = "answer-not-kept"    // 410: the request is done, and its answer could not be kept
 	Interrupted      = "interrupted"        // 503: the work stopped short of its end and goes on by itself; ask again
 	Parked           = "parked"             // 500: the work stopped short of its end until an operator has looked
 	Unavailable      = "unavailable"        // 503: the store cannot take the key, so nothing was done; ask again
