@@ -298,6 +298,7 @@ func (g *guard) share(w http.ResponseWriter, c *call, run *keystate.Run[recordin
 	x, err := joined(g.intake, c.r.Context(), run)
 	switch final := (*keystate.FinalError)(nil); {
 	case errors.As(err, &final): // an operator ended it
+		replayed(w)
 		g.intake.turnDown(w, c.r, newProblem(AnswerNotKept, "There is no answer, and the request will not be done again: %s.", final.Reason))
 	case err != nil:
 		g.intake.turnDown(w, c.r, err)
