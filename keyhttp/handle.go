@@ -187,6 +187,22 @@ func (a *answers[S]) refused(x *Exchange[S], policy keystate.ErrorPolicy, err er
 	return err
 }
 
+// errCutOff stands for what a phase that panicked would have said.
+var errCutOff = errors.New("keyhttp: the phase was cut off")
+
+// watched runs a phase. A panic in it is an error like any other, and where the phase's errors are answers, it is one.
+func (a *answers[S]) watched(x *Exchange[S], policy keystate.ErrorPolicy, phase func() error) error {
+	returned := false
+	defer func() {
+		if !returned {
+			_ = a.refused(x, policy, errCutOff)
+		}
+	}()
+	err := phase()
+	returned = true
+	return a.refused(x, policy, err)
+}
+
 // workDone is the point that the last phase reaches, and behind which only the answer is to be written.
 const workDone keystate.RecoveryPoint = "work_done"
 
@@ -199,12 +215,12 @@ func answering[Tx, S any](phases []keystate.Phase[Tx, S], a *answers[S]) []keyst
 		}
 		if p.Effect != nil {
 			q.Effect = func(ctx context.Context, token string, x *Exchange[S]) error {
-				return a.refused(x, p.OnError, p.Effect(ctx, token, &x.State))
+				return a.watched(x, p.OnError, func() error { return p.Effect(ctx, token, &x.State) })
 			}
 		}
 		if p.Commit != nil {
 			q.Commit = func(ctx context.Context, tx Tx, x *Exchange[S]) error {
-				return a.refused(x, p.OnError, p.Commit(ctx, tx, &x.State))
+				return a.watched(x, p.OnError, func() error { return p.Commit(ctx, tx, &x.State) })
 			}
 		}
 		if p.Reconcile != nil {
