@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
 
 	"example.com/keystate"
 )
@@ -48,7 +49,7 @@ func Handle[Tx, S any](e *keystate.Engine[Tx], machine string, phases []keystate
 	if err != nil {
 		return nil, err
 	}
-	h := &Handler[S]{intake: in, decode: ep.Decode, answers: &answers[S]{&in.Options, ep.Encode}}
+	h := &Handler[S]{intake: in, decode: ep.Decode, answers: newAnswers(&in.Options, ep.Encode)}
 	if h.machine, err = keystate.Register(e, machine, answering(phases, h.answers)); err != nil {
 		return nil, err
 	}
@@ -70,6 +71,8 @@ func (h *Handler[S]) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		h.intake.turnDown(w, r, err)
 		return
 	}
+	h.answers.await(c.key)
+	defer h.answers.forget(c.key)
 	run, err := h.start(c)
 	if err != nil {
 		h.fail(w, c, err)
@@ -133,8 +136,12 @@ func (h *Handler[S]) answer(w http.ResponseWriter, c *call, run *keystate.Run[Ex
 	if !own {
 		replayed(w)
 	}
-	if x.Response == nil || x.Response.Omitted && own { // nobody could write it, or it is too large to keep
+	switch large := h.answers.large(c.key); {
+	case x.Response == nil: // nobody could write it
 		h.answers.encode(x.State, err).send(w)
+		return
+	case x.Response.Omitted && own && large != nil:
+		large.send(w)
 		return
 	}
 	h.intake.give(w, c.r, x.Response)
@@ -154,6 +161,52 @@ func (h *Handler[S]) fail(w http.ResponseWriter, c *call, err error) {
 type answers[S any] struct {
 	options *Options
 	write   func(http.ResponseWriter, S, error)
+
+	mu      sync.Mutex
+	awaited map[keystate.Key]*awaited
+}
+
+// awaited is what the requests that are here with one key wait for.
+type awaited struct {
+	requests int
+	large    *Response // the answer, if it is too large to keep: the error that led to it is not stored, so it cannot be written again
+}
+
+func newAnswers[S any](o *Options, write func(http.ResponseWriter, S, error)) *answers[S] {
+	return &answers[S]{options: o, write: write, awaited: map[keystate.Key]*awaited{}}
+}
+
+// await lets a request with the key have an answer that is too large to keep, until it forgets it.
+func (a *answers[S]) await(key keystate.Key) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.awaited[key] == nil {
+		a.awaited[key] = &awaited{}
+	}
+	a.awaited[key].requests++
+}
+
+func (a *answers[S]) forget(key keystate.Key) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.awaited[key].requests--; a.awaited[key].requests == 0 {
+		delete(a.awaited, key)
+	}
+}
+
+func (a *answers[S]) large(key keystate.Key) *Response {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.awaited[key].large
+}
+
+// hand keeps an answer that is not stored for whoever awaits it.
+func (a *answers[S]) hand(key keystate.Key, large *Response) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if w := a.awaited[key]; w != nil {
+		w.large = large
+	}
 }
 
 // encode is the whole answer, with the headers that may be kept, since others would be missing at the next retry.
@@ -170,18 +223,20 @@ func (a *answers[S]) encode(s S, err error) *Response {
 }
 
 // record puts the answer into what is stored.
-func (a *answers[S]) record(x *Exchange[S], reason error) (err error) {
+func (a *answers[S]) record(ctx context.Context, x *Exchange[S], reason error) (err error) {
 	answer := a.encode(x.State, reason)
-	x.Response, err = a.options.keep(answer.Status, answer.Header, answer.Body)
+	if x.Response, err = a.options.keep(answer.Status, answer.Header, answer.Body); err == nil && x.Response.Omitted {
+		a.hand(keystate.KeyOf(ctx), answer)
+	}
 	return err
 }
 
 // refused sees to it that an error which ends the key has its answer. When there can be none, the phase is tried again.
-func (a *answers[S]) refused(x *Exchange[S], policy keystate.ErrorPolicy, err error) error {
+func (a *answers[S]) refused(ctx context.Context, x *Exchange[S], policy keystate.ErrorPolicy, err error) error {
 	if err == nil || !keystate.IsFinal(err) && policy != keystate.Fail {
 		return err
 	}
-	if fault := a.record(x, err); fault != nil {
+	if fault := a.record(ctx, x, err); fault != nil {
 		return fault
 	}
 	return err
@@ -191,16 +246,16 @@ func (a *answers[S]) refused(x *Exchange[S], policy keystate.ErrorPolicy, err er
 var errCutOff = errors.New("keyhttp: the phase was cut off")
 
 // watched runs a phase. A panic in it is an error like any other, and where the phase's errors are answers, it is one.
-func (a *answers[S]) watched(x *Exchange[S], policy keystate.ErrorPolicy, phase func() error) error {
+func (a *answers[S]) watched(ctx context.Context, x *Exchange[S], policy keystate.ErrorPolicy, phase func() error) error {
 	returned := false
 	defer func() {
 		if !returned {
-			_ = a.refused(x, policy, errCutOff)
+			_ = a.refused(ctx, x, policy, errCutOff)
 		}
 	}()
 	err := phase()
 	returned = true
-	return a.refused(x, policy, err)
+	return a.refused(ctx, x, policy, err)
 }
 
 // workDone is the point that the last phase reaches, and behind which only the answer is to be written.
@@ -215,18 +270,18 @@ func answering[Tx, S any](phases []keystate.Phase[Tx, S], a *answers[S]) []keyst
 		}
 		if p.Effect != nil {
 			q.Effect = func(ctx context.Context, token string, x *Exchange[S]) error {
-				return a.watched(x, p.OnError, func() error { return p.Effect(ctx, token, &x.State) })
+				return a.watched(ctx, x, p.OnError, func() error { return p.Effect(ctx, token, &x.State) })
 			}
 		}
 		if p.Commit != nil {
 			q.Commit = func(ctx context.Context, tx Tx, x *Exchange[S]) error {
-				return a.watched(x, p.OnError, func() error { return p.Commit(ctx, tx, &x.State) })
+				return a.watched(ctx, x, p.OnError, func() error { return p.Commit(ctx, tx, &x.State) })
 			}
 		}
 		if p.Reconcile != nil {
 			q.Reconcile = func(ctx context.Context, token string, x *Exchange[S]) (keystate.Outcome, error) {
 				outcome, err := p.Reconcile(ctx, token, &x.State)
-				return outcome, a.refused(x, keystate.Retry, err) // what became of the effect is open, whatever the policy
+				return outcome, a.refused(ctx, x, keystate.Retry, err) // what became of the effect is open, whatever the policy
 			}
 		}
 		if i == len(phases)-1 && p.To == keystate.Finished && len(p.Formerly) == 0 {
@@ -239,7 +294,7 @@ func answering[Tx, S any](phases []keystate.Phase[Tx, S], a *answers[S]) []keyst
 	}
 	return append(lifted, keystate.Phase[Tx, Exchange[S]]{
 		To:     keystate.Finished,
-		Commit: func(_ context.Context, _ Tx, x *Exchange[S]) error { return a.record(x, nil) },
+		Commit: func(ctx context.Context, _ Tx, x *Exchange[S]) error { return a.record(ctx, x, nil) },
 		Retry:  keystate.RetryPolicy{InRun: -1}, // the same state gives the same fault, until a release mends it
 	})
 }
