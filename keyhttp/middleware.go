@@ -61,8 +61,9 @@ type attempt struct {
 	w        http.ResponseWriter
 	tape     *tape         // from when the handler runs
 	ended    chan struct{} // closed when the handler has ended; what follows is written before
-	token    string
-	answered bool
+	token    string        // of the run that has called the handler
+	answer   *Response     // what is to be stored, if the handler has answered and it is to be stored
+	unsaved  bool          // the handler has answered, and nothing of it is to be stored
 	panicked any
 }
 
@@ -103,16 +104,11 @@ func (g *guard) attend(w http.ResponseWriter, c *call, next http.Handler) {
 		<-run.Done() // whether the client is there or not: the handler may be writing to w
 	}
 	taken := !g.withdraw(a)
-	if taken { // perhaps by a run that somebody else began
-		<-a.ended
-	}
-	if taken && err == nil {
-		_, err = run.Wait(context.WithoutCancel(c.r.Context()))
-	}
-	g.strikeOff(a)
+	defer g.strikeOff(a)
 	switch {
-	case taken:
-		g.conclude(w, a, err)
+	case taken: // perhaps by a run that somebody else began
+		<-a.ended
+		g.conclude(w, a, run, err)
 	case err != nil:
 		g.intake.turnDown(w, c.r, err)
 	default:
@@ -171,7 +167,7 @@ func (g *guard) takeUp(id identity, token string) *attempt {
 func (g *guard) answeredBy(token string) *attempt {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if a := g.taken[token]; a != nil && a.answered {
+	if a := g.taken[token]; a != nil && a.answer != nil {
 		return a
 	}
 	return nil
@@ -202,7 +198,7 @@ var (
 
 // run is the effect of every key: the handler. Where nobody is there for whom it could run, after a crash, the key is forgotten:
 // the client's retry begins anew. A key that must not do that does not come here, but is parked.
-func (g *guard) run(ctx context.Context, token string, x *recording) (err error) {
+func (g *guard) run(ctx context.Context, token string, x *recording) error {
 	if a := g.answeredBy(token); a != nil { // and the engine could not take it
 		g.intake.Logger.Error("keyhttp: an answer is not kept", "key", a.call.key, "error", "it does not fit into the engine's MaxState, or Seal ended its goroutine")
 		x.Response = a.omitted()
@@ -215,16 +211,18 @@ func (g *guard) run(ctx context.Context, token string, x *recording) (err error)
 	if err := g.handle(ctx, token, a); err != nil {
 		return err
 	}
-	x.Response, err = g.kept(a)
-	return err
+	if a.unsaved {
+		return keystate.Withdraw(fmt.Errorf("%w: status %d", errNotSaved, a.tape.status))
+	}
+	x.Response = a.answer
+	return nil
 }
 
-// kept is what is stored of the handler's answer. The handler has run: whatever fails now, better no answer for the retry than a
-// second run.
-func (g *guard) kept(a *attempt) (kept *Response, err error) {
+// decide says what is to be stored of an attempt's answer. The handler has run: whatever fails now, better no answer for the retry than
+// a second run.
+func (g *guard) decide(a *attempt) {
 	fault := func(why any) {
 		g.intake.Logger.Error("keyhttp: an answer is not kept", "key", a.call.key, "error", why)
-		kept, err = a.omitted(), nil
 	}
 	defer func() {
 		if v := recover(); v != nil {
@@ -232,22 +230,31 @@ func (g *guard) kept(a *attempt) (kept *Response, err error) {
 		}
 	}()
 	status, header, body, whole := a.tape.recorded()
+	a.answer = a.omitted()
 	if !g.intake.Save(status) {
-		return nil, keystate.Withdraw(fmt.Errorf("%w: status %d", errNotSaved, status))
+		a.answer, a.unsaved = nil, true
+		return
 	}
 	if !whole {
-		return a.omitted(), nil
+		return
 	}
-	if kept, err = g.intake.keep(status, header, body); err != nil {
+	kept, err := g.intake.keep(status, header, body)
+	if err != nil {
 		fault(err)
+		return
 	}
-	return kept, err
+	a.answer = kept
 }
 
 // omitted is what is stored of an answer that is not.
 func (a *attempt) omitted() *Response {
 	status, _, _, _ := a.tape.recorded()
 	return &Response{Status: status, Omitted: true}
+}
+
+// gave says whether what is stored is the handler's answer, or that it could not be.
+func (a *attempt) gave(stored *Response) bool {
+	return stored.equal(a.answer) || a.answer != nil && stored.equal(a.omitted())
 }
 
 // handle calls the handler. A panic is kept for the goroutine on which the request came in.
@@ -275,21 +282,31 @@ func (g *guard) handle(ctx context.Context, token string, a *attempt) (err error
 	}()
 	a.next.ServeHTTP(a.tape.writer(), r)
 	a.tape.finish()
-	a.answered = true
+	g.decide(a)
 	return nil
 }
 
-// conclude ends a request whose handler has run. The error says how that went for the store.
-func (g *guard) conclude(w http.ResponseWriter, a *attempt, err error) {
+// conclude ends a request whose handler has run. Its answer is given when it is what is stored, or when it is not to be stored and
+// the key is forgotten: the run that called the handler, and may have failed since, need not be the one that the request has begun
+// or joined.
+func (g *guard) conclude(w http.ResponseWriter, a *attempt, run *keystate.Run[recording], err error) {
+	var x recording
+	if err == nil {
+		x, err = run.Wait(context.WithoutCancel(a.call.r.Context()))
+	}
+	forgotten := errors.Is(err, keystate.ErrWithdrawn) || errors.Is(err, keystate.ErrMismatch) // by now the key is another request's
 	switch {
 	case a.panicked != nil:
 		panic(a.panicked)
-	case err == nil, a.answered && errors.Is(err, keystate.ErrWithdrawn):
+	case a.unsaved && forgotten, err == nil && a.gave(x.Response):
 		a.tape.send()
 	case a.tape.live():
 		panic(http.ErrAbortHandler) // the client must not take what it has for an answer
-	default:
+	case err != nil:
 		g.intake.turnDown(w, a.call.r, err)
+	default:
+		replayed(w)
+		g.intake.give(w, a.call.r, x.Response)
 	}
 }
 

@@ -3,6 +3,7 @@ package keyhttp
 import (
 	"bytes"
 	"fmt"
+	"maps"
 	"net/http"
 	"slices"
 	"strconv"
@@ -17,6 +18,11 @@ type Response struct {
 	// Omitted says that the answer was given once, and only its status is kept: it was larger than Options.MaxResponse, or Seal
 	// failed, or it broke off.
 	Omitted bool `msgpack:"omitted,omitempty"`
+}
+
+func (a *Response) equal(b *Response) bool {
+	return a != nil && b != nil && a.Status == b.Status && a.Omitted == b.Omitted && bytes.Equal(a.Body, b.Body) &&
+		maps.EqualFunc(a.Header, b.Header, slices.Equal)
 }
 
 // An Exchange is what is stored for a key: what tells its request from another, the machine's own state, and the answer when there is one.
