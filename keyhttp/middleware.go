@@ -65,6 +65,8 @@ type attempt struct {
 	answer   *Response     // what is to be stored, if the handler has answered and it is to be stored
 	unsaved  bool          // the handler has answered, and nothing of it is to be stored
 	panicked any
+
+	insisted bool // the answer has been put before the engine a second time
 }
 
 func newGuard[Tx any](e *keystate.Engine[Tx], machine string, o Options) (*guard, error) {
@@ -199,9 +201,8 @@ var (
 // run is the effect of every key: the handler. Where nobody is there for whom it could run, after a crash, the key is forgotten:
 // the client's retry begins anew. A key that must not do that does not come here, but is parked.
 func (g *guard) run(ctx context.Context, token string, x *recording) error {
-	if a := g.answeredBy(token); a != nil { // and the engine could not take it
-		g.intake.Logger.Error("keyhttp: an answer is not kept", "key", a.call.key, "error", "it does not fit into the engine's MaxState, or Seal ended its goroutine")
-		x.Response = a.omitted()
+	if a := g.answeredBy(token); a != nil { // and the engine could not take the answer
+		x.Response = g.insist(a)
 		return nil
 	}
 	a := g.takeUp(identity{keystate.KeyOf(ctx), string(x.Request)}, token)
@@ -216,6 +217,17 @@ func (g *guard) run(ctx context.Context, token string, x *recording) error {
 	}
 	x.Response = a.answer
 	return nil
+}
+
+// insist is what is stored of an answer that the engine could not take: the same once more, if it was for the disk; otherwise that
+// there is none to be had.
+func (g *guard) insist(a *attempt) *Response {
+	if a.insisted {
+		g.intake.Logger.Error("keyhttp: an answer is not kept", "key", a.call.key, "error", "the engine does not take it; its MaxState may be too small for MaxResponse")
+		return a.omitted()
+	}
+	a.insisted = true
+	return a.answer
 }
 
 // decide says what is to be stored of an attempt's answer. The handler has run: whatever fails now, better no answer for the retry than

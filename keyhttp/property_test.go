@@ -1092,7 +1092,7 @@ func (p *propProcess) mountGuard(f propFault, name string, o Options) (func(http
 	if err != nil {
 		return nil, err
 	}
-	g := &guard{intake: in, offers: map[identity][]*attempt{}}
+	g := &guard{intake: in, offers: map[identity][]*attempt{}, taken: map[string]*attempt{}}
 	phase := keystate.Phase[*bbolt.Tx, recording]{To: keystate.Finished, AtMostOnce: in.AtMostOnce, Timeout: -1}
 	f.effect(g, &phase)
 	g.machine, err = keystate.Register(p.engine, name, []keystate.Phase[*bbolt.Tx, recording]{phase})
