@@ -11,13 +11,16 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"sync"
 	"unicode/utf8"
 )
 
 // digest is what tells a request from another one under the same key: method, path, query, the headers to compare, and the body. It
 // is stored, so what goes into it, and in which order, stays as it is.
 func (o *Options) digest(r *http.Request, body []byte) []byte {
-	d := make(fields, 0, 512)
+	d := digested.Get().(*fields)
+	defer digested.Put(d)
+	*d = (*d)[:0]
 	d.add("keyhttp request 1")
 	d.add(r.Method)
 	d.add(r.URL.EscapedPath())
@@ -40,10 +43,13 @@ func (o *Options) digest(r *http.Request, body []byte) []byte {
 	d.add(form)
 	d.count(len(body))
 	h := sha256.New()
-	h.Write(d)
+	h.Write(*d)
 	h.Write(body)
 	return h.Sum(nil)
 }
+
+// digested keeps the memory in which all of a request but its body is put together.
+var digested = sync.Pool{New: func() any { return new(fields) }}
 
 // fields are texts, each with its length before it, so that no two lists of them look alike.
 type fields []byte

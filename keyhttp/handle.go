@@ -107,7 +107,7 @@ func (h *Handler[S]) start(c *call) (*keystate.Run[Exchange[S]], error) {
 	if h.intake.tooOld(c.key.ID) {
 		return nil, h.intake.expired()
 	}
-	s, err := h.decode(c.r)
+	s, err := h.decode(c.readable(c.r.Context()))
 	var given *Problem
 	switch {
 	case errors.As(err, &given):

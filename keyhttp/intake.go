@@ -34,7 +34,8 @@ func (in *intake) keyed(r *http.Request) bool { return slices.Contains(in.Method
 type call struct {
 	key    keystate.Key
 	digest []byte
-	r      *http.Request // its body can be read again from the beginning
+	r      *http.Request // whose body has been read
+	body   []byte
 }
 
 // errNoKey says that a request has no key, and needs none.
@@ -96,10 +97,14 @@ func (in *intake) withKey(w http.ResponseWriter, r *http.Request, key keystate.K
 	}
 	// The engine keeps the key for longer than the request lasts, and some servers lend out the memory of their strings.
 	key = keystate.Key{Scope: strings.Clone(key.Scope), ID: strings.Clone(key.ID)}
-	c := &call{key: key, digest: in.digest(r, body)}
-	c.r = r.WithContext(context.WithValue(r.Context(), callInHand{}, c))
-	c.r.Body, c.r.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
-	return c, nil
+	return &call{key: key, digest: in.digest(r, body), r: r, body: body}, nil
+}
+
+// readable is the request as it was, for those who have to read it: within a context, from its beginning, with its key.
+func (c *call) readable(ctx context.Context) *http.Request {
+	r := c.r.WithContext(context.WithValue(ctx, callInHand{}, c))
+	r.Body, r.ContentLength = io.NopCloser(bytes.NewReader(c.body)), int64(len(c.body))
+	return r
 }
 
 // read reads a body to its end. Of one that has been read before, nothing is left: io.EOF.

@@ -286,7 +286,7 @@ func (g *guard) handle(ctx context.Context, token string, a *attempt) (err error
 		}
 	}()
 	a.tape = newTape(a.w, g.intake.MaxResponse)
-	r := a.call.r.WithContext(handlerContext{ctx, a.call.r.Context(), token})
+	r := a.call.readable(handlerContext{ctx, a.call.r.Context(), token})
 	defer func() {
 		if r.MultipartForm != nil && a.call.r.MultipartForm == nil { // net/http does it only for the request that it has made itself
 			r.MultipartForm.RemoveAll()
