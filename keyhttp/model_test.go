@@ -661,9 +661,9 @@ func (s *propSightings) String() string {
 	return b.String()
 }
 
-// TestPropEveryFaultIsCaught breaks keyhttp in one way after another, and plays scenarios until the model objects. A fault that it
+// TestEveryFaultIsCaught breaks keyhttp in one way after another, and plays scenarios until the model objects. A fault that it
 // does not object to within so many scenarios would be one that the property cannot see.
-func TestPropEveryFaultIsCaught(t *testing.T) {
+func TestEveryFaultIsCaught(t *testing.T) {
 	const budget = 2000 // scenarios; the shyest fault takes some dozens on average
 	for _, f := range propFaults {
 		t.Run(f.name, func(t *testing.T) {

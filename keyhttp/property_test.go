@@ -5,7 +5,7 @@
 //
 // A soak, until something breaks:
 //
-//	go test -run TestPropPromises -rapid.checks=100000 -timeout=0 ./keyhttp
+//	go test -run TestRandomClientsGetWhatIsPromised -rapid.checks=100000 -timeout=0 ./keyhttp
 package keyhttp
 
 import (
@@ -55,8 +55,8 @@ const (
 	propMoreRounds = 60
 )
 
-// TestPropPromises plays random scenarios, and in the end makes sure that everything that the promises are about has happened.
-func TestPropPromises(t *testing.T) {
+// TestRandomClientsGetWhatIsPromised plays random scenarios, and in the end makes sure that everything that the promises are about has happened.
+func TestRandomClientsGetWhatIsPromised(t *testing.T) {
 	seen := &propSightings{}
 	began, played := time.Now(), 0
 	told := began
@@ -98,7 +98,7 @@ func TestPropPromises(t *testing.T) {
 	}
 }
 
-// propSights are what must have happened while TestPropPromises played, or it has proved less than it says.
+// propSights are what must have happened while TestRandomClientsGetWhatIsPromised played, or it has proved less than it says.
 var propSights = []string{
 	"answer: 201", "answer: 402", "answer: 424", "answer: 204", "answer: 500", "a replay", "an answer waited for",
 	"a replay by another release", "a retry before there is an answer",
