@@ -153,6 +153,7 @@ type Event struct {
 // An Engine runs machines on a store. It is safe for concurrent use.
 type Engine[Tx any] struct {
 	store      Store[Tx]
+	shared     SharedStore[Tx] // the store, if other engines may have it open
 	opts       Options
 	observer   Observer
 	log        *slog.Logger
@@ -232,6 +233,7 @@ func newEngine[Tx any](store Store[Tx], opts *Options, rules rules[Tx]) (*Engine
 		machines: map[string]*machine[Tx]{}, runs: map[Key]*run{}, due: newDueQueue(),
 		changed: make(chan struct{}), outboxes: map[any]*outbox{}, readers: map[*reader]struct{}{},
 	}
+	e.shared, _ = store.(SharedStore[Tx])
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	e.commitCtx = context.WithValue(context.Background(), inCommit{}, true)
 	if l, ok := store.(limiter); ok {
@@ -248,6 +250,9 @@ func newEngine[Tx any](store Store[Tx], opts *Options, rules rules[Tx]) (*Engine
 	e.background.Go(e.recover)
 	e.background.Go(e.reapForEver)
 	e.background.Go(e.watch)
+	if e.shared != nil {
+		e.background.Go(e.share)
+	}
 	return e, nil
 }
 

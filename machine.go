@@ -245,7 +245,7 @@ func (r *Run[S]) Done() <-chan struct{} { return r.run.done }
 func (r *Run[S]) Replayed() bool { return r.run.replayed }
 
 // Joined says whether the run was under way when it was asked for: for another caller, or by the engine itself.
-func (r *Run[S]) Joined() bool { return r.joined }
+func (r *Run[S]) Joined() bool { return r.joined || r.run.elsewhere }
 
 // Wait returns what [Machine.Do] returns. Each call returns a copy of its own.
 func (r *Run[S]) Wait(ctx context.Context) (S, error) {
@@ -388,7 +388,7 @@ func (m *machine[Tx]) stage(anyTx any, key Key, print [16]byte, request []byte) 
 		return err
 	}
 	r, err := m.engine.rules.next(Record{}, event{
-		kind: stage, at: now(), key: key, machine: m.name, fingerprint: print, incarnation: newIncarnation(), state: request,
+		kind: stage, at: now(), epoch: m.engine.epoch, key: key, machine: m.name, fingerprint: print, incarnation: newIncarnation(), state: request,
 	})
 	if err != nil {
 		return err

@@ -17,7 +17,7 @@ const storagePause = time.Second // until a key is tried again for which there w
 
 // lasting says whether an error broke a run off for good, as far as this engine goes.
 func lasting(err error) bool {
-	for _, sentinel := range []error{ErrFenced, ErrClosed, ErrMoved, ErrOutcomeUnknown, ErrCorrupt, ErrNotFound, ErrMismatch, errIllegal} {
+	for _, sentinel := range []error{ErrFenced, ErrClosed, ErrMoved, ErrOutcomeUnknown, ErrCorrupt, ErrNotFound, ErrMismatch, errElsewhere, errIllegal} {
 		if errors.Is(err, sentinel) {
 			return true
 		}
@@ -70,6 +70,16 @@ func (q *dueQueue) pop(now time.Time) (d *dueKey, in time.Duration) {
 	return d, 0
 }
 
+// ready counts the keys that are due.
+func (q *dueQueue) ready(now time.Time) (n int) {
+	for _, d := range q.items {
+		if !d.at.After(now) {
+			n++
+		}
+	}
+	return n
+}
+
 type dueHeap dueQueue
 
 func (h *dueHeap) Len() int           { return len(h.items) }
@@ -103,6 +113,9 @@ func (e *Engine[Tx]) adopt(m *machine[Tx]) error {
 	e.machines[m.name] = m
 	e.mu.Unlock()
 	unfinished, stranded, err := e.survey(m)
+	if err == nil {
+		unfinished, stranded, err = e.ours(unfinished, stranded)
+	}
 	if err == nil && len(stranded) > 0 && !e.opts.ParkUnknown {
 		err = m.strandedError(stranded)
 	}
@@ -143,6 +156,16 @@ func (e *Engine[Tx]) survey(m *machine[Tx]) (unfinished, stranded []Record, err 
 		return err == nil
 	})
 	return unfinished, stranded, err
+}
+
+// ours are the surveyed keys that no other engine holds. Those of engines that are gone are taken over one by one, not here.
+func (e *Engine[Tx]) ours(unfinished, stranded []Record) (_, _ []Record, err error) {
+	if e.shared == nil {
+		return unfinished, stranded, nil
+	}
+	held, err := e.heldElsewhere(e.ctx, stranded)
+	stranded = slices.DeleteFunc(stranded, func(r Record) bool { return held[r.Epoch] })
+	return nil, stranded, err
 }
 
 // strandedError lists why stored keys cannot go on, and how many.
@@ -250,7 +273,7 @@ func (e *Engine[Tx]) Retry(ctx context.Context, key Key) error {
 			return nil, fmt.Errorf("keystate: %s is %s, not parked", key, r.Status)
 		}
 		revived = r
-		return []event{{kind: retry, at: now(), asks: e.asks(r)}}, nil
+		return []event{{kind: retry, at: now(), epoch: e.epoch, asks: e.asks(r)}}, nil
 	})
 	if err != nil {
 		return err

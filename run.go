@@ -12,16 +12,17 @@ import (
 
 // A run is one key under way in this engine; everybody who asks for the key shares it.
 type run struct {
-	key      Key
-	machine  string
-	print    [16]byte
-	replayed bool
-	slot     bool          // it holds one of Options.MaxRuns
-	claimed  chan struct{} // closed when the claim is durable
-	done     chan struct{} // closed when the run has ended; then record and err stay as they are
-	record   Record        // as last committed
-	err      error         // why the run ended short of an answer
-	broken   error         // what broke it off, if it came to no rest: the store, the engine's end, or a phase that withdrew the request
+	key       Key
+	machine   string
+	print     [16]byte
+	replayed  bool
+	slot      bool          // it holds one of Options.MaxRuns: a caller began it
+	elsewhere bool          // another engine is at work on the key, and the run waits; written before claimed is closed
+	claimed   chan struct{} // closed when the claim is durable
+	done      chan struct{} // closed when the run has ended; then record and err stay as they are
+	record    Record        // as last committed
+	err       error         // why the run ended short of an answer
+	broken    error         // what broke it off, if it came to no rest: the store, the engine's end, or a phase that withdrew the request
 }
 
 func newRun(key Key, machine string, print [16]byte) *run {
@@ -164,7 +165,9 @@ func (j *journey[Tx]) walk(step func() error) {
 	err := step()
 	for err == nil && j.record.Status == Running {
 		j.shared.announce()
-		err = j.advance()
+		if err = j.advance(); j.outrun(err) {
+			err = j.attend()
+		}
 	}
 	arrived = true
 	j.end(err)
@@ -209,7 +212,11 @@ func (j *journey[Tx]) setOut(request []byte) error {
 	if request == nil {
 		return j.takeUp()
 	}
-	return j.commit(leg{request: request, state: request, stop: len(j.phases)})
+	err := j.commit(leg{request: request, state: request, stop: len(j.phases)})
+	if j.outrun(err) {
+		return j.attend()
+	}
+	return err
 }
 
 // errExists breaks off the making of a record that is there already.
@@ -230,6 +237,9 @@ func (j *journey[Tx]) takeUp() error {
 		j.record, parked = stored, nil
 		if stored.Status == Answered || stored.Status == Parked {
 			return errSettled
+		}
+		if err := j.engine.vacant(tx, stored); err != nil {
+			return err
 		}
 		var events []event
 		events, parked = j.resumption(stored)
@@ -267,7 +277,7 @@ var errSettled = errors.New("keystate: nothing to resume")
 // resumption is what happens to a key that is taken up: it is claimed, or parked for a reason.
 func (j *journey[Tx]) resumption(r Record) ([]event, error) {
 	at := now()
-	events := []event{{kind: claim, at: at, epoch: j.engine.epoch}} // first: a fenced holder must not park a key either
+	events := []event{{kind: claim, at: at, epoch: j.engine.epoch, vacant: j.engine.shared != nil}} // first: a fenced holder must not park a key either
 	parked := func(reason ParkReason, err error) ([]event, error) {
 		return append(events, event{kind: park, at: at, reason: reason, err: err.Error()}), err
 	}
@@ -324,16 +334,9 @@ func (j *journey[Tx]) advance() error {
 
 // rest waits until the next attempt may begin, and reports whether the engine is still open then.
 func (j *journey[Tx]) rest() bool {
-	if j.pause > 0 {
-		t := time.NewTimer(j.pause)
-		defer t.Stop()
-		select {
-		case <-t.C:
-		case <-j.engine.ctx.Done():
-		}
-		j.pause = 0
-	}
-	return j.engine.ctx.Err() == nil
+	pause := j.pause
+	j.pause = 0
+	return pause == 0 && j.engine.ctx.Err() == nil || pause > 0 && j.idle(pause)
 }
 
 // act runs the effect of phase i and commits what it found.

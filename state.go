@@ -171,7 +171,8 @@ type event struct {
 	machine     string        // begin, stage
 	fingerprint [16]byte      // begin, stage
 	incarnation [16]byte      // begin, stage
-	epoch       uint64        // begin, claim
+	epoch       uint64        // begin, stage, claim, retry
+	vacant      bool          // claim: whatever its epoch, the last holder is gone, or has let the key rest
 	state       []byte        // begin, stage, act, reach, refuse
 	point       RecoveryPoint // rename, try, reach, refuse, abandon
 	due         time.Time     // wait
@@ -226,13 +227,13 @@ var transitions = []transition{
 		"Another key's commit starts this one; the engine takes it up by itself.",
 		func(r *Record, e event) error {
 			r.create(e)
-			r.Status, r.Due = Waiting, e.at
+			r.Status, r.Epoch, r.Due = Waiting, e.epoch, e.at
 			return nil
 		}},
 	{claim, []Status{Waiting, Running}, []Status{Running},
 		"An engine takes up a waiting key, or one that its last holder left behind. A claim by an older boot is fenced.",
 		func(r *Record, e event) error {
-			if e.epoch < r.Epoch {
+			if e.epoch < r.Epoch && !e.vacant {
 				return ErrFenced
 			}
 			r.Status, r.Epoch, r.Due = Running, e.epoch, time.Time{}
@@ -321,6 +322,7 @@ var transitions = []transition{
 			unsure := r.ParkReason == Indeterminate || r.ParkReason == TokenExpired
 			r.Resend = unsure && !e.asks && !r.FirstTried.IsZero()
 			r.Status, r.Due, r.ParkReason, r.Attempts = Waiting, e.at, "", 0
+			r.Epoch = e.epoch
 			return nil
 		}},
 	{abandon, []Status{Parked}, []Status{Answered},

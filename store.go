@@ -1,6 +1,9 @@
 package keystate
 
-import "context"
+import (
+	"context"
+	"time"
+)
 
 // A Store gives an [Engine] transactions, and the records of its keys inside them. Tx is what a phase's Commit
 // writes with; it must be comparable. All methods are safe for concurrent use.
@@ -22,6 +25,23 @@ type Store[Tx any] interface {
 	Keys(tx Tx) Keys
 
 	Close() error
+}
+
+// A SharedStore is open in several engines at the same time, in one process or in many. Each boot holds the keys that bear its epoch as
+// long as it renews its lease, by the store's clock; then others may take them over. That a boot has lost a key it learns when it
+// writes: [ErrFenced].
+type SharedStore[Tx any] interface {
+	Store[Tx]
+
+	// Renew says that the boot is at work, and returns for how long that holds. Close ends it at once.
+	Renew(ctx context.Context) (lease time.Duration, err error)
+
+	// Alive says whether the lease of an epoch's boot still holds.
+	Alive(tx Tx, epoch uint64) (bool, error)
+
+	// Adopt gives the boot up to limit waiting or running keys of the named machines whose boot is not alive, none to two boots.
+	// They bear its epoch when it returns.
+	Adopt(ctx context.Context, machines []string, limit int) ([]Record, error)
 }
 
 // Keys are the engine's records inside one transaction.

@@ -1,0 +1,159 @@
+package keystate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"time"
+)
+
+// What engines do that have one store between them: each says that it is at work, leaves to the others what they hold, waits for
+// their answers, and takes over the keys of those that are gone.
+
+// errElsewhere says that another engine is at work on the key.
+var errElsewhere = errors.New("keystate: another engine is at work on the key")
+
+// vacant returns errElsewhere for a key that another engine holds.
+func (e *Engine[Tx]) vacant(tx Tx, r Record) error {
+	if e.shared == nil || r.Status != Running || r.Epoch == e.epoch {
+		return nil
+	}
+	alive, err := e.shared.Alive(tx, r.Epoch)
+	if err == nil && alive {
+		err = errElsewhere
+	}
+	return err
+}
+
+// outrun says whether a run ended because another engine has the key, and its callers are to have that engine's answer.
+func (j *journey[Tx]) outrun(err error) bool {
+	return j.engine.shared != nil && j.shared.slot && (errors.Is(err, errElsewhere) || errors.Is(err, ErrFenced))
+}
+
+// Of a caller's run that waits for another engine.
+const (
+	firstGlance = 5 * time.Millisecond
+	lastGlance  = time.Second
+)
+
+// attend waits until the engine that has the key has ended with it, one way or another, and goes on from there: with its answer, or with the
+// key. A run that waits holds its slot, so that no more callers wait than may run.
+func (j *journey[Tx]) attend() error {
+	if j.engine.opts.RefuseInFlight {
+		j.record = Record{} // there is nothing here that is ours to carry on
+		return fmt.Errorf("%w: %s", ErrInProgress, j.shared.key)
+	}
+	j.shared.elsewhere = true
+	j.shared.announce()
+	for pause := firstGlance; ; pause = min(2*pause, lastGlance) {
+		if !j.idle(jittered(pause)) {
+			return ErrClosed
+		}
+		if err := j.takeUp(); !j.outrun(err) {
+			return err
+		}
+	}
+}
+
+// jittered is a length of 50 % to 150 %.
+func jittered(d time.Duration) time.Duration { return d/2 + rand.N(d) }
+
+// idle waits, and reports whether the engine is still open then.
+func (j *journey[Tx]) idle(d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-j.engine.ctx.Done():
+	}
+	return j.engine.ctx.Err() == nil
+}
+
+// share keeps the engine's lease and takes over what others have left, until the engine closes.
+func (e *Engine[Tx]) share() {
+	for {
+		pause := e.renew()
+		e.takeOver()
+		t := time.NewTimer(jittered(pause) * 2 / 3) // of a third of the lease, never more than it
+		select {
+		case <-t.C:
+		case <-e.ctx.Done():
+			t.Stop()
+			return
+		}
+	}
+}
+
+const renewAgain = time.Second // when a lease could not be renewed
+
+// renew renews the lease, and says when to do it again.
+func (e *Engine[Tx]) renew() time.Duration {
+	lease, err := e.shared.Renew(e.ctx)
+	if err != nil {
+		if e.ctx.Err() == nil {
+			e.log.Error("keystate: the lease is not renewed; other engines may take over this one's keys", "error", err)
+		}
+		return renewAgain
+	}
+	return lease / 3
+}
+
+// takeOver makes keys of engines that are gone its own, no more than it can carry on at a time: others want some, too.
+func (e *Engine[Tx]) takeOver() {
+	for {
+		machines, room := e.capacity()
+		if room <= 0 || len(machines) == 0 || e.ctx.Err() != nil {
+			return
+		}
+		adopted, err := e.shared.Adopt(e.ctx, machines, room)
+		if err != nil {
+			if e.ctx.Err() == nil {
+				e.log.Error("keystate: keys of engines that are gone are not taken over", "error", err)
+			}
+			return
+		}
+		e.mu.Lock()
+		for _, r := range adopted {
+			if e.runs[r.Key] == nil {
+				e.queueLocked(r)
+			}
+		}
+		e.mu.Unlock()
+		if len(adopted) < room {
+			return
+		}
+	}
+}
+
+// capacity is for which machines the engine can take keys up, and how many.
+func (e *Engine[Tx]) capacity() (machines []string, room int) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	room = e.opts.Parallelism - e.resuming - e.due.ready(time.Now())
+	return slices.Sorted(maps.Keys(e.machines)), room
+}
+
+// heldElsewhere lists the epochs of other boots at work, of those that the records bear.
+func (e *Engine[Tx]) heldElsewhere(ctx context.Context, records []Record) (map[uint64]bool, error) {
+	held := map[uint64]bool{}
+	if e.shared == nil {
+		return held, nil
+	}
+	err := e.store.View(ctx, func(tx Tx) error {
+		for _, r := range records {
+			if _, known := held[r.Epoch]; known || r.Epoch == e.epoch {
+				continue
+			}
+			alive, err := e.shared.Alive(tx, r.Epoch)
+			if err != nil {
+				return err
+			}
+			held[r.Epoch] = alive
+		}
+		return nil
+	})
+	return held, err
+}

@@ -1,0 +1,271 @@
+package keystate
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"path/filepath"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"go.etcd.io/bbolt"
+)
+
+// A commonFile lets several engines of a test have one bbolt store, with leases by the bubble's clock: the engine's part in sharing,
+// without a server.
+type commonFile struct {
+	Store[*bbolt.Tx]
+
+	mu     sync.Mutex
+	id     [16]byte
+	epochs uint64 // given out
+	leases map[uint64]time.Time
+}
+
+const testLease = 10 * time.Second
+
+// A share is one boot of a commonFile.
+type share struct {
+	*commonFile
+	epoch uint64
+	gone  bool // it renews no more, and says no goodbye
+}
+
+func (s *share) Boot(ctx context.Context) (id [16]byte, epoch uint64, err error) {
+	s.mu.Lock()
+	s.epochs++
+	s.epoch = s.epochs
+	s.mu.Unlock()
+	_, err = s.Renew(ctx)
+	return s.id, s.epoch, err
+}
+
+func (s *share) Renew(context.Context) (time.Duration, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.gone {
+		return 0, errors.New("no way to the store")
+	}
+	s.leases[s.epoch] = time.Now().Add(testLease)
+	return testLease, nil
+}
+
+func (s *share) Alive(_ *bbolt.Tx, epoch uint64) (bool, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return time.Now().Before(s.leases[epoch]), nil
+}
+
+func (s *share) Adopt(ctx context.Context, machines []string, limit int) (adopted []Record, err error) {
+	err = s.Update(ctx, func(tx *bbolt.Tx) error {
+		adopted = nil
+		keys := s.Keys(tx)
+		all, err := keys.Unfinished(Key{}, 1000)
+		if err != nil {
+			return err
+		}
+		for _, r := range all {
+			if alive, _ := s.Alive(tx, r.Epoch); alive || r.Status == Parked || len(adopted) == limit {
+				continue
+			}
+			r.Epoch = s.epoch
+			if err := keys.Put(&r); err != nil {
+				return err
+			}
+			adopted = append(adopted, r)
+		}
+		return nil
+	})
+	return adopted, err
+}
+
+func (s *share) Close() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.gone {
+		delete(s.leases, s.epoch)
+	}
+	return nil
+}
+
+func newCommonFile(t *testing.T) *commonFile {
+	t.Helper()
+	db, err := bbolt.Open(filepath.Join(t.TempDir(), "common.db"), 0o600, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := &commonFile{Store: Bolt(db), leases: map[uint64]time.Time{}}
+	if f.id, f.epochs, err = f.Store.Boot(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := errors.Join(f.Store.Close(), db.Close()); err != nil {
+			t.Error(err)
+		}
+	})
+	return f
+}
+
+type parcelled struct{ By string }
+
+// join opens an engine on the common file, with a machine whose effect takes so long.
+func (f *commonFile) join(t *testing.T, name string, took time.Duration, o Options) (*share, *Engine[*bbolt.Tx], *Machine[parcelled]) {
+	t.Helper()
+	s := &share{commonFile: f}
+	o.Logger = slog.New(slog.DiscardHandler)
+	e, err := New[*bbolt.Tx](s, &o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := Register(e, "parcel", []Phase[*bbolt.Tx, parcelled]{
+		{To: Finished, Timeout: -1, Effect: func(ctx context.Context, _ string, p *parcelled) error {
+			time.Sleep(took)
+			p.By = name
+			return nil
+		}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s, e, m
+}
+
+func TestEnginesThatShareAStoreLeaveEachOtherTheirKeys(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, key := newCommonFile(t), Key{ID: "k"}
+		_, one, ones := f.join(t, "one", time.Minute, Options{}) // many leases long
+		_, other, others := f.join(t, "other", 0, Options{})
+		_, hasty, hastys := f.join(t, "hasty", 0, Options{RefuseInFlight: true})
+		defer func() { one.Close(); other.Close(); hasty.Close() }()
+		first, err := ones.Start(t.Context(), key, parcelled{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		second, err := others.Start(t.Context(), key, parcelled{})
+		if err != nil || !second.Joined() {
+			t.Fatalf("the other's run is joined: %v, %v", second.Joined(), err)
+		}
+		if _, err := hastys.Do(t.Context(), key, parcelled{}); !errors.Is(err, ErrInProgress) {
+			t.Errorf("who does not want to wait: %v", err)
+		}
+		for _, r := range []*Run[parcelled]{first, second} {
+			if p, err := r.Wait(t.Context()); err != nil || p.By != "one" {
+				t.Errorf("the answer is %+v, %v", p, err)
+			}
+		}
+		if s, err := hasty.Stats(t.Context()); err != nil || s.Queued != 0 {
+			t.Errorf("%+v, %v", s, err)
+		}
+	})
+}
+
+func TestAnEngineTakesOverWhatADeadOneHeldWhenItsLeaseIsOver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, key := newCommonFile(t), Key{ID: "k"}
+		_, heir, _ := f.join(t, "heir", 0, Options{}) // the older one: which boot came first says nothing
+		dead, deadEngine, deads := f.join(t, "dead", time.Hour, Options{CloseTimeout: 2 * time.Hour})
+		defer func() { heir.Close(); deadEngine.Close() }()
+		run, err := deads.Start(t.Context(), key, parcelled{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		died := time.Now()
+		f.mu.Lock()
+		dead.gone = true
+		f.mu.Unlock()
+		time.Sleep(testLease / 2)
+		if r, err := heir.Key(t.Context(), key); err != nil || r.Status == Answered {
+			t.Fatalf("before its lease is over the key is %s, %v", r.Status, err)
+		}
+		time.Sleep(testLease)
+		if r, err := heir.Key(t.Context(), key); err != nil || r.Status != Answered {
+			t.Errorf("%s after the death the key is %s, %v", time.Since(died), r.Status, err)
+		}
+		if p, err := run.Wait(t.Context()); err != nil || p.By != "heir" { // an hour later the dead engine wakes up
+			t.Errorf("whoever asked the dead engine is told %+v, %v", p, err)
+		}
+	})
+}
+
+func TestAGoodbyeLetsOthersTakeOverAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, key := newCommonFile(t), Key{ID: "k"}
+		_, leaver, leavers := f.join(t, "leaver", time.Second, Options{})
+		if err := leaver.Update(t.Context(), func(tx *bbolt.Tx) error { return Stage(tx, leavers, key, parcelled{}) }); err != nil {
+			t.Fatal(err)
+		}
+		if r, err := leaver.Key(t.Context(), key); err != nil || r.Epoch != leaver.epoch {
+			t.Errorf("what it staged belongs to boot %d, %v", r.Epoch, err)
+		}
+		if err := leaver.Close(); err != nil {
+			t.Fatal(err)
+		}
+		_, heir, heirs := f.join(t, "heir", 0, Options{})
+		defer heir.Close()
+		if p, err := heirs.Do(t.Context(), key, parcelled{}); err != nil || p.By == "" {
+			t.Errorf("%+v, %v", p, err)
+		}
+	})
+}
+
+func TestAReleaseThatDoesNotKnowAPointLeavesTheKeyToTheEngineThatDoes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newCommonFile(t)
+		later := []Phase[*bbolt.Tx, parcelled]{
+			{To: "weighed"},
+			{To: Finished, Timeout: -1, Effect: func(context.Context, string, *parcelled) error { time.Sleep(time.Minute); return nil }},
+		}
+		newer, err := New[*bbolt.Tx](&share{commonFile: f}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m, err := Register(newer, "parcel", later)
+		if err != nil {
+			t.Fatal(err)
+		}
+		run, err := m.Start(t.Context(), Key{ID: "k"}, parcelled{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		older, err := New[*bbolt.Tx](&share{commonFile: f}, &Options{ParkUnknown: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { older.Close(); newer.Close() }()
+		if _, err := Register(older, "parcel", later[1:]); err != nil {
+			t.Errorf("the older release does not start: %v", err)
+		}
+		if _, err := run.Wait(t.Context()); err != nil {
+			t.Errorf("the newer one's key: %v", err)
+		}
+	})
+}
+
+func TestAKeyThatWaitsGoesOnWithTheEngineThatIsAsked(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, key := newCommonFile(t), Key{ID: "k"}
+		_, older, olders := f.join(t, "older", 0, Options{})
+		newer, err := New[*bbolt.Tx](&share{commonFile: f}, &Options{Logger: slog.New(slog.DiscardHandler)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { newer.Close(); older.Close() }()
+		m, err := Register(newer, "parcel", []Phase[*bbolt.Tx, parcelled]{{
+			To: Finished, Retry: RetryPolicy{InRun: -1, Initial: time.Hour, Max: time.Hour},
+			Effect: func(context.Context, string, *parcelled) error { return errors.New("the post office is closed") },
+		}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := m.Do(t.Context(), key, parcelled{}); err == nil {
+			t.Fatal("it went through")
+		}
+		began := time.Now()
+		p, err := olders.Do(t.Context(), key, parcelled{})
+		if err != nil || p.By != "older" || time.Since(began) > 0 {
+			t.Errorf("after %s: %+v, %v", time.Since(began), p, err)
+		}
+	})
+}
