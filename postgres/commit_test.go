@@ -1,0 +1,121 @@
+package postgres_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"testing"
+	"time"
+
+	"example.com/keystate"
+	"example.com/keystate/postgres"
+	"example.com/keystate/postgres/internal/pgtest"
+	"github.com/jackc/pgx/v5"
+)
+
+var quiet = slog.New(slog.DiscardHandler)
+
+// claimed is a new record.
+func claimed(id string) keystate.Record {
+	at := time.UnixMicro(1).UTC()
+	return keystate.Record{
+		Key: keystate.Key{Scope: "s", ID: id}, Machine: "m", Status: keystate.Running, Point: keystate.Started, State: []byte{0xc0}, Created: at,
+		History: []keystate.Passage{{Point: keystate.Started, At: at}},
+	}
+}
+
+// increment adds one to a row of the program's.
+func increment(tx pgx.Tx, name string) error {
+	_, err := tx.Exec(context.Background(), `INSERT INTO program_rows VALUES ($1, '1') ON CONFLICT (name) DO UPDATE SET value = (program_rows.value::int + 1)::text`, name)
+	return err
+}
+
+func TestAConnectionThatIsLostAnywhereInATransactionIsSettled(t *testing.T) {
+	dsn := pgtest.Database(t)
+	direct := openStore(t, dsn, &postgres.Options{Logger: quiet})
+	defer direct.Close()
+	if _, _, err := direct.Boot(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, sql := range []string{"begin", "INSERT INTO program_rows", "INSERT INTO \"keystate\"", "commit"} {
+		for _, place := range []pgtest.Place{pgtest.BeforeRequest, pgtest.AfterRequest, pgtest.MidAnswer} {
+			t.Run(fmt.Sprintf("%s %s", place, sql), func(t *testing.T) {
+				proxy := pgtest.NewProxy(t, dsn)
+				s := openStore(t, proxy.DSN(), &postgres.Options{Logger: quiet})
+				defer s.Close()
+				if _, _, err := s.Boot(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				cut := proxy.Cut(place, pgtest.Runs(sql))
+				r := claimed(t.Name())
+				err := s.Update(t.Context(), func(tx pgx.Tx) error {
+					put := r
+					return errors.Join(increment(tx, t.Name()), s.Keys(tx).Put(&put))
+				})
+				if err != nil {
+					t.Error(err)
+				}
+				if !cut.Happened() {
+					t.Error("nothing was cut")
+				}
+				err = direct.View(t.Context(), func(tx pgx.Tx) error {
+					if _, err := direct.Keys(tx).Get(r.Key); err != nil {
+						t.Errorf("the record: %v", err)
+					}
+					if value, _, err := rows.Get(tx, t.Name()); err != nil || value != "1" {
+						t.Errorf("the row says %q, %v", value, err)
+					}
+					return nil
+				})
+				if err != nil {
+					t.Error(err)
+				}
+			})
+		}
+	}
+}
+
+// A commit may still be on its way when its client has given the connection up: whoever looks then must wait for it.
+func TestACommitThatArrivesLateIsWaitedFor(t *testing.T) {
+	dsn := pgtest.Database(t)
+	proxy := pgtest.NewProxy(t, dsn)
+	s := openStore(t, proxy.DSN(), &postgres.Options{Logger: quiet})
+	defer s.Close()
+	if _, _, err := s.Boot(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	cut := proxy.Cut(pgtest.InFlight, pgtest.Runs("commit"))
+	r := claimed("late")
+	runs := 0
+	updated := make(chan error, 1)
+	go func() {
+		updated <- s.Update(context.Background(), func(tx pgx.Tx) error {
+			runs++
+			put := r
+			return errors.Join(increment(tx, "late"), s.Keys(tx).Put(&put))
+		})
+	}()
+	<-cut.Made()
+	select {
+	case err := <-updated:
+		t.Fatalf("it is settled while the commit is on its way: %v", err)
+	case <-time.After(200 * time.Millisecond):
+	}
+	cut.Deliver()
+	if err := <-updated; err != nil || runs != 1 {
+		t.Errorf("after %d runs: %v", runs, err)
+	}
+}
+
+func TestWithoutAKeyNobodyCanTellWhatBecameOfACommit(t *testing.T) {
+	dsn := pgtest.Database(t)
+	proxy := pgtest.NewProxy(t, dsn)
+	s := openStore(t, proxy.DSN(), &postgres.Options{Logger: quiet})
+	defer s.Close()
+	proxy.Cut(pgtest.AfterRequest, pgtest.Runs("commit"))
+	err := s.Update(t.Context(), func(tx pgx.Tx) error { return increment(tx, "row") })
+	if !errors.Is(err, keystate.ErrOutcomeUnknown) {
+		t.Errorf("the outcome is told: %v", err)
+	}
+}

@@ -1,0 +1,76 @@
+package postgres
+
+import (
+	"errors"
+	"fmt"
+
+	"example.com/keystate"
+	"github.com/jackc/pgx/v5/pgconn"
+)
+
+// What PostgreSQL says (https://www.postgresql.org/docs/current/errcodes-appendix.html).
+const (
+	serializationFailure = "40001"
+	deadlockDetected     = "40P01"
+	diskFull             = "53100"
+	undefinedTable       = "42P01"
+	invalidSchema        = "3F000"
+	uniqueViolation      = "23505"
+	duplicateTable       = "42P07"
+	duplicateSchema      = "42P06"
+	duplicateObject      = "42710"
+)
+
+func code(err error) string {
+	var said *pgconn.PgError
+	if errors.As(err, &said) {
+		return said.Code
+	}
+	return ""
+}
+
+// crossed says whether the server ended a transaction because of others: run again, it may well succeed.
+func crossed(err error) bool {
+	c := code(err)
+	return c == serializationFailure || c == deadlockDetected
+}
+
+// cutOff says whether the connection was lost, or the server is going away: what was not committed is undone.
+func cutOff(err error) bool {
+	if err == nil {
+		return false
+	}
+	c := code(err)
+	if c != "" {
+		return c[:2] == "08" || c[:3] == "57P" // connection exceptions; admin_shutdown, crash_shutdown, cannot_connect_now
+	}
+	var refused *pgconn.ConnectError
+	return errors.As(err, &refused) || pgconn.SafeToRetry(err) || isNetwork(err)
+}
+
+func missing(err error) bool {
+	c := code(err)
+	return c == undefinedTable || c == invalidSchema
+}
+
+// madeMeanwhile says that another process has just made what was to be made.
+func madeMeanwhile(err error) bool {
+	switch code(err) {
+	case uniqueViolation, duplicateTable, duplicateSchema, duplicateObject:
+		return true
+	}
+	return false
+}
+
+// meaning gives an error of the server's the name that keystate has for it.
+func (s *Store) meaning(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case code(err) == diskFull:
+		return fmt.Errorf("%w: %w", keystate.ErrStorageFull, err)
+	case s.open() != nil:
+		return fmt.Errorf("%w: %w", keystate.ErrClosed, err)
+	}
+	return err
+}
