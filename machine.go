@@ -245,7 +245,7 @@ func (r *Run[S]) Done() <-chan struct{} { return r.run.done }
 func (r *Run[S]) Replayed() bool { return r.run.replayed }
 
 // Joined says whether the run was under way when it was asked for: for another caller, or by the engine itself.
-func (r *Run[S]) Joined() bool { return r.joined || r.run.elsewhere }
+func (r *Run[S]) Joined() bool { return r.joined || r.run.elsewhere.Load() }
 
 // Wait returns what [Machine.Do] returns. Each call returns a copy of its own.
 func (r *Run[S]) Wait(ctx context.Context) (S, error) {

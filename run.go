@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"runtime/debug"
+	"sync/atomic"
 	"time"
 )
 
@@ -17,7 +18,7 @@ type run struct {
 	print     [16]byte
 	replayed  bool
 	slot      bool          // it holds one of Options.MaxRuns: a caller began it
-	elsewhere bool          // another engine is at work on the key, and the run waits; written before claimed is closed
+	elsewhere atomic.Bool   // another engine has been at work on the key, and the run waited for it
 	claimed   chan struct{} // closed when the claim is durable
 	done      chan struct{} // closed when the run has ended; then record and err stay as they are
 	record    Record        // as last committed

@@ -46,7 +46,7 @@ func (j *journey[Tx]) attend() error {
 		j.record = Record{} // there is nothing here that is ours to carry on
 		return fmt.Errorf("%w: %s", ErrInProgress, j.shared.key)
 	}
-	j.shared.elsewhere = true
+	j.shared.elsewhere.Store(true)
 	j.shared.announce()
 	for pause := firstGlance; ; pause = min(2*pause, lastGlance) {
 		if !j.idle(jittered(pause)) {
