@@ -417,6 +417,17 @@ func (e *Engine[Tx]) takeSlot(ctx context.Context) error {
 
 func (e *Engine[Tx]) freeSlot() { <-e.slots }
 
+// sleep waits, and reports whether the engine is still open then.
+func (e *Engine[Tx]) sleep(d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-e.ctx.Done():
+	}
+	return e.ctx.Err() == nil
+}
+
 // An outbox holds what a transaction stages while it runs.
 type outbox struct {
 	owner  Key // whose commit it is

@@ -340,19 +340,13 @@ func (e *Engine[Tx]) reapForEver() {
 	if e.opts.Retention < 0 {
 		return
 	}
-	for {
+	for open := true; open; {
 		pause, err := e.reapSome()
 		if err != nil && e.ctx.Err() == nil {
 			e.log.Error("keystate: reaping failed", "error", err)
 			pause = reapLook
 		}
-		t := time.NewTimer(pause)
-		select {
-		case <-t.C:
-		case <-e.ctx.Done():
-			t.Stop()
-			return
-		}
+		open = e.sleep(pause)
 	}
 }
 

@@ -337,7 +337,7 @@ func (j *journey[Tx]) advance() error {
 func (j *journey[Tx]) rest() bool {
 	pause := j.pause
 	j.pause = 0
-	return pause == 0 && j.engine.ctx.Err() == nil || pause > 0 && j.idle(pause)
+	return pause == 0 && j.engine.ctx.Err() == nil || pause > 0 && j.engine.sleep(pause)
 }
 
 // act runs the effect of phase i and commits what it found.

@@ -49,7 +49,7 @@ func (j *journey[Tx]) attend() error {
 	j.shared.elsewhere.Store(true)
 	j.shared.announce()
 	for pause := firstGlance; ; pause = min(2*pause, lastGlance) {
-		if !j.idle(jittered(pause)) {
+		if !j.engine.sleep(jittered(pause)) {
 			return ErrClosed
 		}
 		if err := j.takeUp(); !j.outrun(err) {
@@ -61,29 +61,12 @@ func (j *journey[Tx]) attend() error {
 // jittered is a length of 50 % to 150 %.
 func jittered(d time.Duration) time.Duration { return d/2 + rand.N(d) }
 
-// idle waits, and reports whether the engine is still open then.
-func (j *journey[Tx]) idle(d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-	case <-j.engine.ctx.Done():
-	}
-	return j.engine.ctx.Err() == nil
-}
-
 // share keeps the engine's lease and takes over what others have left, until the engine closes.
 func (e *Engine[Tx]) share() {
-	for {
+	for open := true; open; {
 		pause := e.renew()
 		e.takeOver()
-		t := time.NewTimer(jittered(pause) * 2 / 3) // of a third of the lease, never more than it
-		select {
-		case <-t.C:
-		case <-e.ctx.Done():
-			t.Stop()
-			return
-		}
+		open = e.sleep(jittered(pause) * 2 / 3) // of a third of the lease, never more than it
 	}
 }
 
@@ -139,9 +122,6 @@ func (e *Engine[Tx]) capacity() (machines []string, room int) {
 // heldElsewhere lists the epochs of other boots at work, of those that the records bear.
 func (e *Engine[Tx]) heldElsewhere(ctx context.Context, records []Record) (map[uint64]bool, error) {
 	held := map[uint64]bool{}
-	if e.shared == nil {
-		return held, nil
-	}
 	err := e.store.View(ctx, func(tx Tx) error {
 		for _, r := range records {
 			if _, known := held[r.Epoch]; known || r.Epoch == e.epoch {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"net/http"
-	"slices"
 	"strings"
 	"sync"
 
@@ -215,7 +214,7 @@ func (a *answers[S]) encode(s S, err error) *Response {
 	a.write(rec, s, err)
 	rec.finish()
 	for name := range rec.sent {
-		if _, found := slices.BinarySearch(a.options.KeepHeaders, name); !found {
+		if !a.options.keeps(name) {
 			delete(rec.sent, name)
 		}
 	}

@@ -75,12 +75,18 @@ func (r *recorder) finish() {
 	}
 }
 
+// keeps says whether a response header is stored.
+func (o *Options) keeps(name string) bool {
+	_, found := slices.BinarySearch(o.KeepHeaders, name)
+	return found
+}
+
 // keep makes of an answer what is stored of it.
 func (o *Options) keep(status int, header http.Header, body []byte) (*Response, error) {
 	kept := Response{Status: status, Body: body}
 	size := len(body)
 	for name, values := range header {
-		if _, found := slices.BinarySearch(o.KeepHeaders, name); !found || len(values) == 0 {
+		if !o.keeps(name) || len(values) == 0 {
 			continue
 		}
 		if kept.Header == nil {

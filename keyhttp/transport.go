@@ -115,13 +115,9 @@ func (e *UnansweredError) Timeout() bool {
 	return errors.As(e.Err, &timeout) && timeout.Timeout()
 }
 
-const (
-	transportKeyHeader = "Idempotency-Key"
-
-	// What is read of a response that is dropped, so that its connection can be used again. Beyond this, a new
-	// connection is cheaper.
-	retryDrain = 64 << 10
-)
+// What is read of a response that is dropped, so that its connection can be used again. Beyond this, a new connection is
+// cheaper.
+const retryDrain = 64 << 10
 
 // RoundTrip implements [http.RoundTripper].
 func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
@@ -141,7 +137,7 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		unanswered := func(err error) error { return &UnansweredError{Key: key, Attempts: attempt, Err: err} }
 		sent := retryRequest(req)
 		if !own {
-			sent.Header.Set(transportKeyHeader, key)
+			sent.Header.Set(keyHeader, key)
 		}
 		body.attach(sent)
 		resp, err := t.base().RoundTrip(sent)
@@ -202,7 +198,7 @@ func (t *Transport) pauses() *backoff.ExponentialBackOff {
 // still the same one: an http.Client takes the caller's headers along, among which a minted key is not.
 func (t *Transport) mint(req *http.Request) string {
 	if from := req.Response; from != nil && from.Request != nil && retryKeepsMethod(from.StatusCode) {
-		if key := from.Request.Header.Get(transportKeyHeader); key != "" {
+		if key := from.Request.Header.Get(keyHeader); key != "" {
 			return key
 		}
 	}
@@ -219,7 +215,7 @@ func retryKeepsMethod(redirect int) bool {
 // retryOwnKey returns the key that the caller set, however its name is spelled in the map.
 func retryOwnKey(req *http.Request) (key string, own bool) {
 	for name, values := range req.Header {
-		if http.CanonicalHeaderKey(name) == transportKeyHeader {
+		if http.CanonicalHeaderKey(name) == keyHeader {
 			return strings.Join(values, ", "), true
 		}
 	}
@@ -295,10 +291,10 @@ func retryVerdict(resp *http.Response, err error) (wait time.Duration, again boo
 		return 0, false
 	}
 	wait, asked := retryAfter(resp.Header, time.Now())
-	if retryTrue(resp.Header.Get("Idempotent-Replayed")) {
+	if retryTrue(resp.Header.Get(replayedHeader)) {
 		return wait, false
 	}
-	for _, hint := range []string{"Should-Retry", "Stripe-Should-Retry"} {
+	for _, hint := range []string{ShouldRetryHeader, "Stripe-Should-Retry"} {
 		switch value := resp.Header.Get(hint); {
 		case retryTrue(value):
 			return wait, true
