@@ -431,14 +431,14 @@ func (w *world) beginSend(p *process, st *step, token string, s *parcel) (how tu
 		return "", d, errDead
 	}
 	now := w.look(p, s.For)
-	zombie := p.zombie.Load()
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if p.dead.Load() {
 		return "", d, errDead
 	}
 	w.logLocked(p, "%s: effect %d begins, attempt %d", s.For, st.id, now.record.Attempts)
-	if zombie {
+	if p.zombie.Load() { // asked under the lock: a successor may have started, and finished the key, while this waited for it
+
 		return w.zombieSend(p, st, token, s), w.tokens[token], nil
 	}
 	d = deed{now.life, st.id}
