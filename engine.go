@@ -554,10 +554,14 @@ func (e *Engine[Tx]) look(ctx context.Context, fn func(Keys) error) error {
 
 // load reads a key's record.
 func (e *Engine[Tx]) load(ctx context.Context, key Key) (r Record, err error) {
-	err = e.look(ctx, func(k Keys) error {
-		r, err = k.Get(key)
-		return err
-	})
+	if g, ok := e.store.(getter); ok {
+		r, err = g.Get(ctx, key)
+	} else {
+		err = e.look(ctx, func(k Keys) error {
+			r, err = k.Get(key)
+			return err
+		})
+	}
 	if errors.Is(err, ErrNotFound) {
 		err = cmp.Or(e.audited(ctx), err)
 	}

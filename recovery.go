@@ -246,7 +246,7 @@ func (e *Engine[Tx]) resumeDue() time.Duration {
 		e.runs[d.key] = r
 		e.resuming++
 		m := e.machines[d.machine]
-		e.spawn(func() { m.travel(r, nil) })
+		e.spawn(func() { m.travel(r, nil, true) })
 	}
 	return time.Hour
 }

@@ -79,6 +79,7 @@ func (m *machine[Tx]) tryStart(ctx context.Context, key Key, print [16]byte, req
 		return r, true, err
 	}
 	stored, err := e.load(ctx, key)
+	known := err == nil
 	switch {
 	case errors.Is(err, ErrNotFound) && request == nil:
 		return nil, false, err
@@ -105,7 +106,7 @@ func (m *machine[Tx]) tryStart(ctx context.Context, key Key, print [16]byte, req
 		e.freeSlot()
 		return r, true, err
 	}
-	e.spawn(func() { m.travel(r, request) })
+	e.spawn(func() { m.travel(r, request, known) })
 	return r, false, nil
 }
 
@@ -148,10 +149,10 @@ type journey[Tx any] struct {
 	commitCtx context.Context
 }
 
-// travel carries a key as far as it goes. A request is nil when the engine takes up a key by itself.
-func (m *machine[Tx]) travel(r *run, request []byte) {
+// travel carries a key as far as it goes. One that is known is taken up; a request makes it if it is not there.
+func (m *machine[Tx]) travel(r *run, request []byte, known bool) {
 	j := &journey[Tx]{machine: m, shared: r}
-	j.walk(func() error { return j.setOut(request) })
+	j.walk(func() error { return j.setOut(request, known) })
 }
 
 // walk makes one step after another, of which the first is given. A phase that calls runtime.Goexit ends the goroutine
@@ -208,20 +209,20 @@ func (r *run) announced() bool {
 	}
 }
 
-// setOut claims the key: a new one together with its first phases, or one that rests somewhere.
-func (j *journey[Tx]) setOut(request []byte) error {
-	if request == nil {
-		return j.takeUp()
+// setOut claims the key: one that rests somewhere, or a new one together with its first phases.
+func (j *journey[Tx]) setOut(request []byte, known bool) error {
+	err := ErrNotFound
+	if known {
+		err = j.takeUp()
 	}
-	err := j.commit(leg{request: request, state: request, stop: len(j.phases)})
+	if errors.Is(err, ErrNotFound) && request != nil {
+		err = j.commit(leg{request: request, state: request, stop: len(j.phases)})
+	}
 	if j.outrun(err) {
 		return j.attend()
 	}
 	return err
 }
-
-// errExists breaks off the making of a record that is there already.
-var errExists = errors.New("keystate: the key exists")
 
 // takeUp claims a key that rests somewhere, and counts the attempt that is to come before it begins.
 func (j *journey[Tx]) takeUp() error {
@@ -247,7 +248,7 @@ func (j *journey[Tx]) takeUp() error {
 		if stored, err = j.engine.rules.next(stored, events...); err != nil {
 			return err
 		}
-		if err := keys.Put(&stored); err != nil {
+		if err := putLast(keys, &stored); err != nil {
 			return err
 		}
 		j.sent, j.resend, j.record = j.record.FirstTried, j.record.Resend, stored
@@ -467,7 +468,7 @@ func (j *journey[Tx]) rewrite(events ...event) error {
 		if r, err = j.engine.rules.next(j.record, events...); err != nil {
 			return err
 		}
-		return j.engine.store.Keys(tx).Put(&r)
+		return putLast(j.engine.store.Keys(tx), &r)
 	})
 	if err != nil {
 		return err
@@ -565,26 +566,40 @@ func (f *phaseFailure) Unwrap() error { return f.err }
 // with what the failure means.
 func (j *journey[Tx]) commit(l leg) error {
 	for {
-		if l.retreat != nil {
-			return j.withdraw(l.retreat)
-		}
 		t := trip[Tx]{journey: j, leg: l, at: -1}
 		began := time.Now()
-		j.onExit = func() error { return j.commit(j.amend(l, t.failure(errGoexit))) }
+		j.onExit = func() error { return j.carryOn(l, t.failure(errGoexit)) }
 		err := j.engine.store.Update(context.Background(), t.transact)
-		if err == nil {
+		failed := t.failure(err)
+		switch {
+		case err == nil:
 			j.arrive(&t, time.Since(began))
 			return nil
-		}
-		if errors.Is(err, errExists) {
-			return j.takeUp()
-		}
-		failed := t.failure(err)
-		if failed == nil {
+		case failed != nil:
+			return j.carryOn(l, failed)
+		case l.request != nil && errors.Is(err, ErrFenced): // somebody else has made the key
+			if err = j.takeUp(); !errors.Is(err, ErrNotFound) { // unless it is gone again
+				return err
+			}
+		default:
 			return err
 		}
-		l = j.amend(l, failed)
 	}
+}
+
+// carryOn commits a leg of which a phase has failed, or withdraws the key. What made a new key's phase fail may be that somebody
+// else has made the key, and its phases have run.
+func (j *journey[Tx]) carryOn(l leg, failed *phaseFailure) error {
+	l = j.amend(l, failed)
+	if l.retreat == nil {
+		return j.commit(l)
+	}
+	if l.request != nil {
+		if err := j.takeUp(); !errors.Is(err, ErrNotFound) {
+			return err
+		}
+	}
+	return j.withdraw(l.retreat)
 }
 
 // A trip is one call of Update along a leg; the store may run it more than once.
@@ -601,7 +616,7 @@ type trip[Tx any] struct {
 func (t *trip[Tx]) transact(tx Tx) error {
 	t.at, t.outbox, t.took = -1, outbox{owner: t.shared.key}, t.took[:0]
 	keys := t.engine.store.Keys(tx)
-	r, err := t.depart(keys)
+	r, err := t.depart()
 	if err != nil {
 		return err
 	}
@@ -615,22 +630,17 @@ func (t *trip[Tx]) transact(tx Tx) error {
 	if r, err = t.engine.rules.next(r, events...); err != nil {
 		return err
 	}
-	if err := keys.Put(&r); err != nil {
+	if err := putLast(keys, &r); err != nil {
 		return err
 	}
 	t.next = r
 	return nil
 }
 
-// depart is the record with which the leg begins: the stored one, or a new one.
-func (t *trip[Tx]) depart(keys Keys) (Record, error) {
+// depart is the record with which the leg begins: the stored one, or a new one. That a new one is there already shows when it is put.
+func (t *trip[Tx]) depart() (Record, error) {
 	if t.leg.request == nil {
 		return t.record, nil
-	}
-	if _, err := keys.Get(t.shared.key); err == nil {
-		return Record{}, errExists
-	} else if !errors.Is(err, ErrNotFound) {
-		return Record{}, err
 	}
 	return t.engine.rules.next(Record{}, event{
 		kind: begin, at: now(), key: t.shared.key, machine: t.name, fingerprint: t.shared.print,

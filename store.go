@@ -103,6 +103,25 @@ type (
 	// A grouper tells of every group commit.
 	grouper interface{ onGroup(func(Event)) }
 
+	// A getter reads one record as it is now, durable, without a transaction around it.
+	getter interface {
+		Get(ctx context.Context, key Key) (Record, error)
+	}
+
+	// A parter stores a record as [Keys.Put] does, as the last thing that a transaction does, in one go with its commit. Where Put
+	// would return [ErrFenced], Update does. The record's Sequence is not told.
+	parter interface {
+		PutLast(r *Record) error
+	}
+
 	// A sizer knows how large the store is.
 	sizer interface{ size() (used, free int64) }
 )
+
+// putLast stores a record as the last thing that a transaction does.
+func putLast(keys Keys, r *Record) error {
+	if p, ok := keys.(parter); ok {
+		return p.PutLast(r)
+	}
+	return keys.Put(r)
+}

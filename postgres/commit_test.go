@@ -39,6 +39,10 @@ func TestAConnectionThatIsLostAnywhereInATransactionIsSettled(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, sql := range []string{"begin", "INSERT INTO program_rows", "INSERT INTO \"keystate\"", "commit"} {
+		write := func(k keystate.Keys, r *keystate.Record) error { return k.Put(r) }
+		if sql == "commit" {
+			write = func(k keystate.Keys, r *keystate.Record) error { return k.(lastPutter).PutLast(r) }
+		}
 		for _, place := range []pgtest.Place{pgtest.BeforeRequest, pgtest.AfterRequest, pgtest.MidAnswer} {
 			t.Run(fmt.Sprintf("%s %s", place, sql), func(t *testing.T) {
 				proxy := pgtest.NewProxy(t, dsn)
@@ -51,7 +55,7 @@ func TestAConnectionThatIsLostAnywhereInATransactionIsSettled(t *testing.T) {
 				r := claimed(t.Name())
 				err := s.Update(t.Context(), func(tx pgx.Tx) error {
 					put := r
-					return errors.Join(increment(tx, t.Name()), s.Keys(tx).Put(&put))
+					return errors.Join(increment(tx, t.Name()), write(s.Keys(tx), &put))
 				})
 				if err != nil {
 					t.Error(err)
@@ -76,8 +80,47 @@ func TestAConnectionThatIsLostAnywhereInATransactionIsSettled(t *testing.T) {
 	}
 }
 
-// A commit may still be on its way when its client has given the connection up: whoever looks then must wait for it.
-func TestACommitThatArrivesLateIsWaitedFor(t *testing.T) {
+// A commit may still be on its way when its client has given the connection up. The client does not wait for it, and excludes it.
+func TestACommitThatArrivesLateTakesNoEffect(t *testing.T) {
+	dsn := pgtest.Database(t)
+	proxy := pgtest.NewProxy(t, dsn)
+	s := openStore(t, proxy.DSN(), &postgres.Options{Logger: quiet})
+	defer s.Close()
+	if _, _, err := s.Boot(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	r := claimed("late")
+	for version := range 2 { // one that makes the record, and one that changes it
+		cut := proxy.Cut(pgtest.InFlight, pgtest.Runs("commit"))
+		runs := 0
+		var put keystate.Record
+		err := s.Update(t.Context(), func(tx pgx.Tx) error {
+			runs++
+			put = r
+			return errors.Join(increment(tx, "late"), s.Keys(tx).(lastPutter).PutLast(&put))
+		})
+		if err != nil || runs != 2 {
+			t.Errorf("after %d runs: %v", runs, err)
+		}
+		cut.Deliver()
+		late := fmt.Sprint(version + 1)
+		err = s.View(t.Context(), func(tx pgx.Tx) error {
+			if value, _, err := rows.Get(tx, "late"); err != nil || value != late {
+				t.Errorf("the row says %q, %v", value, err)
+			}
+			return nil
+		})
+		if err != nil {
+			t.Error(err)
+		}
+		r = put
+	}
+}
+
+type lastPutter interface{ PutLast(*keystate.Record) error }
+
+// What has been locked before COMMIT was sent is waited for.
+func TestACommitThatArrivesLateIsWaitedForWhereItsRowIsLocked(t *testing.T) {
 	dsn := pgtest.Database(t)
 	proxy := pgtest.NewProxy(t, dsn)
 	s := openStore(t, proxy.DSN(), &postgres.Options{Logger: quiet})

@@ -19,6 +19,7 @@ const (
 	duplicateTable       = "42P07"
 	duplicateSchema      = "42P06"
 	duplicateObject      = "42710"
+	invalidText          = "22P02" // what the cast in a fenced last write makes
 )
 
 func code(err error) string {

@@ -1,24 +1,12 @@
 package postgres
 
 import (
-	"context"
 	"errors"
 	"fmt"
 
 	"example.com/keystate"
 	"github.com/jackc/pgx/v5"
 )
-
-// A txn is a transaction of the store: a pgx.Tx for the program, and for the engine what it knows beside it.
-type txn struct {
-	pgx.Tx
-	store   *Store
-	ctx     context.Context
-	nonce   []byte         // of this run of the transaction
-	last    int64          // the last number given to a finished record
-	written []keystate.Key // whose rows bear the nonce
-	reading bool
-}
 
 // Keys gives access to the records inside a transaction, and only until it ends.
 func (s *Store) Keys(tx pgx.Tx) keystate.Keys {
@@ -55,36 +43,68 @@ func (t *txn) Get(key keystate.Key) (keystate.Record, error) {
 	return r, t.store.meaning(err)
 }
 
-// Put stores a record if its holder puts it.
-func (t *txn) Put(r *keystate.Record) error {
-	if t.reading {
-		return errReading
+// A write is a statement by which the engine changes a record. It fails unless it finds the record as its holder left it.
+type write struct {
+	key  keystate.Key
+	sql  string
+	args []any
+}
+
+// result reads what the statement returns: the number that a finished record got.
+func (w *write) result(row pgx.Row) (finished int64, err error) {
+	err = row.Scan(&finished)
+	if errors.Is(err, pgx.ErrNoRows) || code(err) == invalidText {
+		err = fmt.Errorf("%w: %s", keystate.ErrFenced, w.key)
 	}
-	next := *r
+	return finished, err
+}
+
+// write is how a record is stored, and what it is then.
+func (t *txn) write(r keystate.Record, insert, update string) (*write, keystate.Record, error) {
+	if t.reading {
+		return nil, r, errReading
+	}
+	next := r
 	next.Version++
 	next.Sequence = 0
 	frame, err := next.MarshalBinary()
 	if err != nil {
-		return err
+		return nil, r, err
 	}
 	ends := r.Status == keystate.Answered
-	var finished int64
 	if r.Version == 0 {
-		err = t.QueryRow(t.ctx, t.store.sql.insert, []byte(r.Key.ID), []byte(r.Key.Scope), []byte(r.Machine), string(r.Status), r.Incarnation[:],
-			int64(next.Version), int64(r.Epoch), ends, t.last, t.nonce, frame).Scan(&finished)
-	} else {
-		err = t.QueryRow(t.ctx, t.store.sql.update, []byte(r.Key.ID), []byte(r.Key.Scope), string(r.Status), int64(r.Epoch), ends, t.last,
-			t.nonce, frame, r.Incarnation[:], int64(r.Version)).Scan(&finished)
+		return &write{r.Key, insert, []any{[]byte(r.Key.ID), []byte(r.Key.Scope), []byte(r.Machine), string(r.Status), r.Incarnation[:],
+			int64(next.Version), int64(r.Epoch), ends, t.last, t.nonce, frame}}, next, nil
 	}
-	if errors.Is(err, pgx.ErrNoRows) {
-		return fmt.Errorf("%w: %s", keystate.ErrFenced, r.Key)
+	return &write{r.Key, update, []any{[]byte(r.Key.ID), []byte(r.Key.Scope), string(r.Status), int64(r.Epoch), ends, t.last,
+		t.nonce, frame, r.Incarnation[:], int64(r.Version)}}, next, nil
+}
+
+// Put stores a record if its holder puts it.
+func (t *txn) Put(r *keystate.Record) error {
+	w, next, err := t.write(*r, t.store.sql.insert, t.store.sql.update)
+	if err != nil {
+		return err
 	}
+	finished, err := w.result(t.QueryRow(t.ctx, w.sql, w.args...))
 	if err != nil {
 		return t.store.meaning(err)
 	}
 	t.last = max(t.last, finished)
 	t.written = append(t.written, r.Key)
 	next.Sequence = uint64(finished)
+	*r = next
+	return nil
+}
+
+// PutLast is Put at the end of a transaction: the record is stored, or found in the hands of another, as the transaction commits.
+func (t *txn) PutLast(r *keystate.Record) error {
+	w, next, err := t.write(*r, t.store.sql.insertLast, t.store.sql.updateLast)
+	if err != nil {
+		return err
+	}
+	t.parting = w
+	t.written = append(t.written, r.Key)
 	*r = next
 	return nil
 }

@@ -131,6 +131,7 @@ type statements struct {
 	found, boot, enter         string // the store's row; a boot
 	renew, leave, alive        string // its lease
 	get, insert, update, erase string // a record
+	insertLast, updateLast     string // … as a transaction commits
 	unfinished, finished       string // pages
 	counts                     string
 	orphans, adopt             string
@@ -149,7 +150,7 @@ func statementsFor(o Options) statements {
 	sql := func(text string, more ...string) string {
 		return strings.NewReplacer(append([]string{"STORE", t.store, "BOOTS", t.boots, "KEYS", t.keys, "COLUMNS", columns, "CLOCK", serverTime}, more...)...).Replace(text)
 	}
-	return statements{
+	s := statements{
 		found: sql(`INSERT INTO STORE (one, id, version, epoch) VALUES (true, $1, $2, 0) ON CONFLICT DO NOTHING`),
 		boot:  sql(`UPDATE STORE SET epoch = epoch + 1 WHERE one RETURNING id, epoch`),
 		enter: sql(`INSERT INTO BOOTS (epoch, alive_until) VALUES ($1, CLOCK + $2::bigint * interval '1 microsecond')`),
@@ -159,10 +160,10 @@ func statementsFor(o Options) statements {
 
 		get: sql(`SELECT COLUMNS FROM KEYS WHERE id = $1 AND scope = $2`),
 		insert: sql(`INSERT INTO KEYS (id, scope, machine, status, incarnation, version, epoch, finished, nonce, record)
-			VALUES ($1, $2, $3, $4, $5, $6, $7, CASE WHEN $8 THEN SEQUENCE END, $10, $11) ON CONFLICT (id, scope) DO NOTHING RETURNING COALESCE(finished, 0)`,
+			VALUES ($1, $2, $3, $4, $5, $6, $7, CASE WHEN $8 THEN SEQUENCE END, $10, $11) ON CONFLICT (id, scope) DO NOTHING RETURNING COALESCE(finished, 0) AS finished`,
 			"SEQUENCE", fmt.Sprintf(sequence, "$9::bigint")),
 		update: sql(`UPDATE KEYS SET status = $3, version = version + 1, epoch = $4, finished = CASE WHEN $5 THEN SEQUENCE END, nonce = $7, record = $8
-			WHERE id = $1 AND scope = $2 AND incarnation = $9 AND version = $10 AND finished IS NULL RETURNING COALESCE(finished, 0)`,
+			WHERE id = $1 AND scope = $2 AND incarnation = $9 AND version = $10 AND finished IS NULL RETURNING COALESCE(finished, 0) AS finished`,
 			"SEQUENCE", fmt.Sprintf(sequence, "$6::bigint")),
 		erase: sql(`DELETE FROM KEYS WHERE id = $1 AND scope = $2 AND incarnation = $3 AND version = $4 AND finished IS NOT NULL`),
 
@@ -178,4 +179,13 @@ func statementsFor(o Options) statements {
 			VALUES ($1, $2, '', '', '', 0, 0, NULL, '', '') ON CONFLICT (id, scope) DO NOTHING`),
 		nonceOf: sql(`SELECT nonce FROM KEYS WHERE id = $1 AND scope = $2 FOR UPDATE`),
 	}
+	s.insertLast, s.updateLast = orFail(s.insert), orFail(s.update)
+	return s
+}
+
+// orFail makes a statement that changes a row fail where there is none, so that the server does not go on to the commit behind it.
+// What cannot be cast depends on the count, or it would be cast when the statement is planned.
+func orFail(sql string) string {
+	return `WITH put AS (` + sql + `) SELECT CASE WHEN count(*) = 1 THEN max(finished)
+		ELSE CAST('keystate: another engine has the key; rows: ' || count(*)::text AS bigint) END FROM put`
 }

@@ -16,14 +16,27 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// Update runs fn in a transaction. It is run again when the server ends it because of others, or the connection is lost before its
-// commit; when the connection is lost in the middle of the commit, the store looks whether it took effect.
+// Update runs fn in a transaction. It is run again when the server ends it because of others, or the connection is lost; when the
+// connection is lost in the middle of the commit, the store looks whether it took effect. If it has not, it may be on its way still: the
+// next run excludes it, since both write the same version of the same keys.
 func (s *Store) Update(ctx context.Context, fn func(tx pgx.Tx) error) error {
 	if err := s.open(); err != nil {
 		return err
 	}
-	return s.meaning(s.again(ctx, func() error { return s.try(ctx, fn) }))
+	doubt := false
+	err := s.again(ctx, func() error {
+		err := s.try(ctx, fn)
+		doubt = doubt || errors.Is(err, errUnseen)
+		return err
+	})
+	if err != nil && doubt && !errors.Is(err, keystate.ErrOutcomeUnknown) {
+		err = fmt.Errorf("%w: %w", keystate.ErrOutcomeUnknown, err)
+	}
+	return s.meaning(err)
 }
+
+// errUnseen says that a commit whose connection was lost had not taken effect when the store looked.
+var errUnseen = errors.New("the connection was lost in the commit, and its effect is not seen")
 
 // again runs what may be run again, so often and with growing pauses.
 func (s *Store) again(ctx context.Context, do func() error) (err error) {
@@ -45,20 +58,32 @@ func (s *Store) again(ctx context.Context, do func() error) (err error) {
 
 // try is one run of a transaction.
 func (s *Store) try(ctx context.Context, fn func(tx pgx.Tx) error) error {
-	tx, err := s.pool.BeginTx(ctx, pgx.TxOptions{IsoLevel: s.options.Isolation})
+	t, err := s.prepare(ctx, pgx.TxOptions{IsoLevel: s.options.Isolation})
 	if err != nil {
 		return err
 	}
-	defer tx.Rollback(context.WithoutCancel(ctx)) // also when fn ends the goroutine; after the commit it does nothing
-	t := &txn{Tx: tx, store: s, ctx: ctx, nonce: newNonce()}
-	if err := guarded(func() error { return fn(t) }); err != nil {
+	defer t.leave() // also when fn ends the goroutine
+	err = guarded(func() error { return fn(t) })
+	if t.fate != nil {
+		return t.fate
+	}
+	if err != nil {
 		return err
 	}
-	err = tx.Commit(ctx)
-	if err == nil || code(err) != "" && !cutOff(err) || errors.Is(err, pgx.ErrTxCommitRollback) {
+	err = t.commit(ctx)
+	if err == nil || code(err) != "" && !cutOff(err) || errors.Is(err, keystate.ErrFenced) || errors.Is(err, pgx.ErrTxCommitRollback) || errors.Is(err, pgx.ErrTxClosed) {
 		return err
 	}
 	return s.settle(ctx, t, err)
+}
+
+// prepare gets a connection for a transaction, which begins with its first statement.
+func (s *Store) prepare(ctx context.Context, options pgx.TxOptions) (*txn, error) {
+	conn, err := s.pool.Acquire(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return &txn{conn: conn, options: options, store: s, ctx: ctx, nonce: newNonce()}, nil
 }
 
 // guarded makes a panic in fn its error.
@@ -99,7 +124,7 @@ func (s *Store) settle(ctx context.Context, t *txn, lost error) error {
 	case done:
 		return nil
 	}
-	return fmt.Errorf("keystate/postgres: the connection was lost and nothing was committed: %w", lost)
+	return fmt.Errorf("keystate/postgres: %w: %w", errUnseen, lost)
 }
 
 // bears says whether a key's row bears a nonce. Whoever is still writing the row is waited for: first by trying to insert it, and then by
@@ -130,22 +155,39 @@ func (s *Store) View(ctx context.Context, fn func(tx pgx.Tx) error) error {
 	return s.meaning(s.view(ctx, fn))
 }
 
+// view begins again where the connection that it got was lost before.
 func (s *Store) view(ctx context.Context, fn func(tx pgx.Tx) error) error {
-	tx, err := s.beginView(ctx)
+	var t *txn
+	err := s.again(ctx, func() (err error) {
+		if t, err = s.prepare(ctx, pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly}); err != nil {
+			return err
+		}
+		if _, err = t.begun(ctx); err != nil {
+			t.leave()
+		}
+		return err
+	})
 	if err != nil {
 		return err
 	}
-	defer tx.Rollback(context.WithoutCancel(ctx))
-	return guarded(func() error { return fn(&txn{Tx: tx, store: s, ctx: ctx, reading: true}) })
+	defer t.leave()
+	t.reading = true
+	return guarded(func() error { return fn(t) })
 }
 
-// beginView begins again where the connection that it got was lost before.
-func (s *Store) beginView(ctx context.Context) (tx pgx.Tx, err error) {
+// Get reads a record as it is now, in one trip to the server.
+func (s *Store) Get(ctx context.Context, key keystate.Key) (r keystate.Record, err error) {
+	if err := s.open(); err != nil {
+		return r, err
+	}
 	err = s.again(ctx, func() error {
-		tx, err = s.pool.BeginTx(ctx, pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly})
+		r, err = record(s.pool.QueryRow(ctx, s.sql.get, []byte(key.ID), []byte(key.Scope)))
 		return err
 	})
-	return tx, err
+	if errors.Is(err, pgx.ErrNoRows) {
+		return r, keystate.ErrNotFound
+	}
+	return r, s.meaning(err)
 }
 
 func newNonce() []byte {
