@@ -70,14 +70,12 @@ var contenders = []contender{
 const byHand = "by hand, READ COMMITTED" // what the others are held against
 
 var (
-	flagCallers   = list{1, 16, 64, 256}
-	flagPools     = list{16, 32, 64}
-	flagTurns     = flag.Int("turns", 5, "how often each contender is measured")
-	flagSlice     = flag.Duration("slice", 1500*time.Millisecond, "how long a contender is measured at a time")
-	flagOnly      = flag.String("only", "", "measure the contenders whose names contain one of these texts, separated by |, and \""+byHand+"\"")
-	flagFinished  = flag.Int("finished", 10_000_000, "finished keys in the full database")
-	flagRequests  = flag.Int("requests", 200_000, "requests of one measurement of bloat")
-	flagRetention = flag.Duration("retention", 5*time.Second, "how long finished keys are kept in a measurement of bloat")
+	flagCallers  = list{1, 16, 64, 256}
+	flagPools    = list{16, 32, 64}
+	flagTurns    = flag.Int("turns", 5, "how often each contender is measured")
+	flagSlice    = flag.Duration("slice", 1500*time.Millisecond, "how long a contender is measured at a time")
+	flagOnly     = flag.String("only", "", "measure the contenders whose names contain one of these texts, separated by |, and \""+byHand+"\"")
+	flagFinished = flag.Int("finished", 10_000_000, "finished keys in the full database")
 )
 
 func init() {

@@ -28,13 +28,13 @@ var settings = []struct{ name, value string }{
 }
 
 // startServer starts a server of the benchmark's own. TMPDIR says on which disk.
-func startServer(b *testing.B) *pgtest.Server {
+func startServer(b *testing.B, more ...pgtest.Option) *pgtest.Server {
 	b.Helper()
 	var opts []pgtest.Option
 	for _, s := range settings {
 		opts = append(opts, pgtest.Set(s.name, s.value))
 	}
-	return pgtest.Start(b, opts...)
+	return pgtest.Start(b, append(opts, more...)...)
 }
 
 // describe tells on what was measured: the server's settings are asked from the server.

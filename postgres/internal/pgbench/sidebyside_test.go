@@ -121,10 +121,15 @@ func (r *runner) choosePool(b *testing.B, callers int, d time.Duration) {
 
 func (r *runner) takeTurn(b *testing.B, callers int, d time.Duration) {
 	b.Helper()
+	r.takeTurnWith(b, callers, d, keystate.NewID)
+}
+
+func (r *runner) takeTurnWith(b *testing.B, callers int, d time.Duration, newID func() string) {
+	b.Helper()
 	before := pgtest.TakeFigures(b, r.dsn)
 	s := r.open(b, r.dsn, r.connections)
-	warm := run(b, s, callers, d/5, keystate.NewID)
-	measured := run(b, s, callers, d, keystate.NewID)
+	warm := run(b, s, callers, d/5, newID)
+	measured := run(b, s, callers, d, newID)
 	s.close()
 	counted := pgtest.TakeFigures(b, r.dsn).Since(before).Since(r.opening)
 	r.rates = append(r.rates, measured.rate())

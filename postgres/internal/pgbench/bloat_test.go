@@ -1,0 +1,123 @@
+package pgbench
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"example.com/keystate"
+	"example.com/keystate/postgres/internal/pgtest"
+	"github.com/jackc/pgx/v5"
+)
+
+var (
+	flagRequests  = flag.Int("requests", 200_000, "requests of one measurement of bloat")
+	flagRetention = flag.Duration("retention", 5*time.Second, "how long finished keys are kept in a measurement of bloat")
+	flagIsolation = flag.String("isolation", string(pgx.Serializable), "the store's in a measurement of bloat")
+	flagNaptime   = flag.String("naptime", "1min", "the server's autovacuum_naptime in a measurement of bloat")
+)
+
+// BenchmarkBloat makes many requests whose keys are reaped soon after, with autovacuum as PostgreSQL has it by default (-naptime changes how often it looks), and prints what the
+// table of keys and its indexes have grown to, and how many updates touched no index (HOT), with different fillfactors. The three-phase
+// request updates its row once, and that update finishes it; the request with three effects updates it three times.
+//
+//	go test -run '^$' -bench Bloat -benchtime 1x -timeout 60m .
+func BenchmarkBloat(b *testing.B) {
+	requests, retention := *flagRequests, *flagRetention
+	if testing.Short() {
+		requests, retention = 300, 100*time.Millisecond
+	}
+	server := startServer(b, pgtest.Set("autovacuum_naptime", *flagNaptime))
+	var text strings.Builder
+	fmt.Fprintf(&text, "\n%s%d requests by 16 callers, %s, keys kept for %v\n\n", describe(b, server.DSN("postgres")), requests, *flagIsolation, retention)
+	text.WriteString("| request | fillfactor | requests/s | written, live and dead | rows live | of them HOT | table at its largest | at the end | live rows of it | indexes at the end | autovacuums |\n|---|" +
+		strings.Repeat("---:|", 10) + "\n")
+	for _, shape := range []struct {
+		name   string
+		phases []keystate.Phase[pgx.Tx, order]
+	}{{"three phases", threePhases}, {"three effects", threeEffects}} {
+		for _, fillfactor := range []int{100, 70, 50} {
+			bl := grow(b, server.Database(b), shape.phases, fillfactor, requests, retention)
+			fmt.Fprintf(&text, "| %s | %d | %s |\n", shape.name, fillfactor, bl)
+		}
+	}
+	b.ReportMetric(0, "ns/op")
+	fmt.Println(text.String())
+}
+
+var threeEffects = func() []keystate.Phase[pgx.Tx, order] {
+	var phases []keystate.Phase[pgx.Tx, order]
+	for i := range 3 {
+		phases = append(phases,
+			keystate.Phase[pgx.Tx, order]{To: keystate.RecoveryPoint(fmt.Sprintf("noted_%d", i)), Commit: func(ctx context.Context, tx pgx.Tx, s *order) error {
+				return write(ctx, tx, fmt.Sprintf("%s/%d", s.Account, i))
+			}},
+			keystate.Phase[pgx.Tx, order]{To: keystate.RecoveryPoint(fmt.Sprintf("sent_%d", i)), Effect: func(_ context.Context, token string, s *order) error {
+				s.Payout = payOut(token)
+				return nil
+			}})
+	}
+	return append(phases, threePhases[2])
+}()
+
+// grow makes the requests, and describes what is left of them.
+func grow(b *testing.B, dsn string, phases []keystate.Phase[pgx.Tx, order], fillfactor, requests int, retention time.Duration) string {
+	b.Helper()
+	before := newEngine(b, dsn, 4, pgx.Serializable, phases, keystate.Options{}) // which makes the tables
+	runSome(b, before, 1, 1)                                                     // an engine that opens an empty store looks for what to reap after a minute
+	before.close()
+	execute(b, dsn, fmt.Sprintf("ALTER TABLE %s SET (fillfactor = %d)", keysTable, fillfactor))
+	e := newEngine(b, dsn, 16, pgx.TxIsoLevel(*flagIsolation), phases, keystate.Options{Retention: retention})
+	largest := make(chan int64)
+	ended := make(chan struct{})
+	go func() { largest <- watchSize(b, dsn, ended) }()
+	p := runSome(b, e, 16, requests)
+	e.close()
+	close(ended)
+	peak := <-largest
+	figures := pgtest.TakeFigures(b, dsn).Tables[keysTable]
+
+	conn := connect(b, dsn)
+	defer conn.Close(context.Background())
+	var rows, live, vacuums int64
+	var indexes string
+	err := conn.QueryRow(b.Context(), `SELECT count(*), coalesce(sum(pg_column_size(k.*)), 0),
+		(SELECT autovacuum_count FROM pg_stat_user_tables WHERE relid = $1::text::regclass),
+		(SELECT string_agg(format('%s %s', indexrelid::regclass, pg_size_pretty(pg_relation_size(indexrelid))), ', ' ORDER BY indexrelid) FROM pg_index WHERE indrelid = $1::text::regclass)
+		FROM `+keysTable+` k`, keysTable).Scan(&rows, &live, &vacuums, &indexes)
+	if err != nil {
+		b.Fatal(err)
+	}
+	fmt.Printf("# fillfactor %d is done: %.0f requests/s\n", fillfactor, p.rate())
+	return fmt.Sprintf("%.0f | %d inserted, %d updated, %d deleted; %d dead | %d | %d (%.0f %%) | %s | %s | %s | %s | %d",
+		p.rate(), figures.Inserted, figures.Updated, figures.Deleted, figures.Dead, rows,
+		figures.HotUpdated, 100*float64(figures.HotUpdated)/float64(max(1, figures.Updated)), megabytes(peak), megabytes(figures.TableBytes), megabytes(live), indexes, vacuums)
+}
+
+func megabytes(n int64) string { return fmt.Sprintf("%.1f MB", float64(n)/(1<<20)) }
+
+// watchSize looks how large the table becomes.
+func watchSize(b *testing.B, dsn string, ended <-chan struct{}) (largest int64) {
+	conn, err := pgx.Connect(context.Background(), dsn)
+	if err != nil {
+		b.Error(err)
+		return 0
+	}
+	defer conn.Close(context.Background())
+	for {
+		var size int64
+		if err := conn.QueryRow(context.Background(), `SELECT pg_table_size($1)`, keysTable).Scan(&size); err != nil {
+			b.Error(err)
+			return largest
+		}
+		largest = max(largest, size)
+		select {
+		case <-ended:
+			return largest
+		case <-time.After(500 * time.Millisecond):
+		}
+	}
+}
