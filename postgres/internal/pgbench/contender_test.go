@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"example.com/keystate"
+	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
@@ -75,6 +76,7 @@ var (
 	flagTurns    = flag.Int("turns", 5, "how often each contender is measured")
 	flagSlice    = flag.Duration("slice", 1500*time.Millisecond, "how long a contender is measured at a time")
 	flagOnly     = flag.String("only", "", "measure the contenders whose names contain one of these texts, separated by |, and \""+byHand+"\"")
+	flagKeys     = flag.String("keys", "ordered", "how keys are drawn: ordered (UUIDv7, as keystate.NewID does), or random (UUIDv4)")
 	flagFinished = flag.Int("finished", 10_000_000, "finished keys in the full database")
 )
 
@@ -99,6 +101,14 @@ func (l *list) Set(text string) error {
 	return nil
 }
 
+// keyKind is what draws the keys, where a benchmark does not say it.
+func keyKind() func() string {
+	if *flagKeys == "random" {
+		return uuid.NewString
+	}
+	return keystate.NewID
+}
+
 // A pace is how a station did for a while.
 type pace struct {
 	requests int
@@ -118,7 +128,7 @@ func run(tb testing.TB, s station, callers int, d time.Duration, newID func() st
 func runSome(tb testing.TB, s station, callers, requests int) pace {
 	tb.Helper()
 	var begun atomic.Int64
-	return race(tb, s, callers, keystate.NewID, func() bool { return begun.Add(1) <= int64(requests) })
+	return race(tb, s, callers, keyKind(), func() bool { return begun.Add(1) <= int64(requests) })
 }
 
 func race(tb testing.TB, s station, callers int, newID func() string, more func() bool) pace {

@@ -7,7 +7,6 @@ import (
 	"testing"
 	"time"
 
-	"example.com/keystate"
 	"example.com/keystate/postgres/internal/pgtest"
 )
 
@@ -30,7 +29,7 @@ func BenchmarkSideBySide(b *testing.B) {
 		r.learnOpening(b)
 	}
 	var text strings.Builder
-	fmt.Fprintf(&text, "\n%s%d turns of %v for each\n", describe(b, server.DSN("postgres")), turns, slice)
+	fmt.Fprintf(&text, "\n%s%d turns of %v for each, keys %s\n", describe(b, server.DSN("postgres")), turns, slice, *flagKeys)
 	for _, n := range callers {
 		for _, r := range runners {
 			r.reset()
@@ -110,8 +109,8 @@ func (r *runner) choosePool(b *testing.B, callers int, d time.Duration) {
 	for range 2 {
 		for i, size := range sizes {
 			s := r.open(b, r.dsn, size)
-			run(b, s, callers, d/4, keystate.NewID)
-			rates[i] += run(b, s, callers, d, keystate.NewID).rate()
+			run(b, s, callers, d/4, keyKind())
+			rates[i] += run(b, s, callers, d, keyKind()).rate()
 			s.close()
 		}
 	}
@@ -121,7 +120,7 @@ func (r *runner) choosePool(b *testing.B, callers int, d time.Duration) {
 
 func (r *runner) takeTurn(b *testing.B, callers int, d time.Duration) {
 	b.Helper()
-	r.takeTurnWith(b, callers, d, keystate.NewID)
+	r.takeTurnWith(b, callers, d, keyKind())
 }
 
 func (r *runner) takeTurnWith(b *testing.B, callers int, d time.Duration, newID func() string) {
