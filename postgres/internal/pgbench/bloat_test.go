@@ -33,7 +33,7 @@ func BenchmarkBloat(b *testing.B) {
 func bloat(b *testing.B, phases []keystate.Phase[pgx.Tx, order]) {
 	requests, retention := *flagRequests, *flagRetention
 	if testing.Short() {
-		requests, retention = 300, 50*time.Millisecond
+		requests, retention = 100, 50*time.Millisecond
 	}
 	server := startServer(b, pgtest.Set("autovacuum_naptime", *flagNaptime))
 	var text strings.Builder

@@ -31,7 +31,7 @@ func BenchmarkFinishedKeys(b *testing.B) {
 func besideNone(b *testing.B, newID func() string, pastID func(time.Time) string) {
 	turns, slice, keys, callers := *flagTurns, *flagSlice, *flagFinished, []int{1, 64}
 	if testing.Short() {
-		turns, slice, keys = 1, 50*time.Millisecond, 2_000
+		turns, slice, keys, callers = 1, 30*time.Millisecond, 2_000, []int{1, 16}
 	}
 	server := startServer(b)
 	none, full := server.Database(b), server.Database(b)

@@ -142,14 +142,14 @@ func (r *runner) takeTurnWith(b *testing.B, callers int, d time.Duration, newID 
 // countTrips counts what goes over the connections, once statements are prepared on all of them.
 func (r *runner) countTrips(b *testing.B, callers int) {
 	b.Helper()
-	requests := 600
+	requests, warm := 600, 20*r.connections+callers
 	if testing.Short() {
-		requests = 10
+		requests, warm = 10, 40
 	}
 	proxy := pgtest.NewProxy(b, r.dsn)
 	s := r.open(b, proxy.DSN(), r.connections)
 	defer s.close()
-	runSome(b, s, callers, 20*r.connections+callers)
+	runSome(b, s, callers, warm)
 	before := proxy.Counts()
 	n := runSome(b, s, callers, requests).requests
 	counts := proxy.Counts().Since(before)
