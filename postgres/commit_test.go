@@ -90,8 +90,8 @@ func TestACommitThatArrivesLateTakesNoEffect(t *testing.T) {
 		t.Fatal(err)
 	}
 	r := claimed("late")
-	for _, version := range []string{"first", "second"} { // one that makes the record, and one that changes it
-		cut := proxy.Cut(pgtest.InFlight, pgtest.Runs("WITH put AS"))
+	for version, sql := range []string{"INSERT INTO \"keystate\"", "WITH put AS"} { // one that makes the record, and one that changes it
+		cut := proxy.Cut(pgtest.InFlight, pgtest.Runs(sql))
 		runs := 0
 		row := func() string { return fmt.Sprint(version, ", run ", runs) } // of its own, or the late one's locks would be waited for
 		var put keystate.Record

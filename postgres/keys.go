@@ -53,7 +53,7 @@ type write struct {
 // result reads what the statement returns: the number that a finished record got.
 func (w *write) result(row pgx.Row) (finished int64, err error) {
 	err = row.Scan(&finished)
-	if errors.Is(err, pgx.ErrNoRows) || code(err) == invalidText {
+	if errors.Is(err, pgx.ErrNoRows) || code(err) == invalidText || code(err) == uniqueViolation {
 		err = fmt.Errorf("%w: %s", keystate.ErrFenced, w.key)
 	}
 	return finished, err

@@ -160,10 +160,11 @@ func statementsFor(o Options) statements {
 
 		get: sql(`SELECT COLUMNS FROM KEYS WHERE id = $1 AND scope = $2`),
 		insert: sql(`INSERT INTO KEYS (id, scope, machine, status, incarnation, version, epoch, finished, nonce, record)
-			VALUES ($1, $2, $3, $4, $5, $6, $7, CASE WHEN $8 THEN SEQUENCE END, $10, $11) ON CONFLICT (id, scope) DO NOTHING RETURNING COALESCE(finished, 0) AS finished`,
+			VALUES ($1, $2, $3, $4, $5, $6, $7, CASE WHEN $8 THEN SEQUENCE END, $10, $11) UNLESS RETURNING COALESCE(finished, 0) AS finished`,
 			"SEQUENCE", fmt.Sprintf(sequence, "$9::bigint")),
+		// COALESCE keeps the planner from the index of the unfinished, which is full of those that were until just now.
 		update: sql(`UPDATE KEYS SET status = $3, version = version + 1, epoch = $4, finished = CASE WHEN $5 THEN SEQUENCE END, nonce = $7, record = $8
-			WHERE id = $1 AND scope = $2 AND incarnation = $9 AND version = $10 AND finished IS NULL RETURNING COALESCE(finished, 0) AS finished`,
+			WHERE id = $1 AND scope = $2 AND incarnation = $9 AND version = $10 AND COALESCE(finished, 0) = 0 RETURNING COALESCE(finished, 0) AS finished`,
 			"SEQUENCE", fmt.Sprintf(sequence, "$6::bigint")),
 		erase: sql(`DELETE FROM KEYS WHERE id = $1 AND scope = $2 AND incarnation = $3 AND version = $4 AND finished IS NOT NULL`),
 
@@ -179,7 +180,8 @@ func statementsFor(o Options) statements {
 			VALUES ($1, $2, '', '', '', 0, 0, NULL, '', '') ON CONFLICT (id, scope) DO NOTHING`),
 		nonceOf: sql(`SELECT nonce FROM KEYS WHERE id = $1 AND scope = $2 FOR UPDATE`),
 	}
-	s.insertLast, s.updateLast = orFail(s.insert), orFail(s.update)
+	s.insertLast, s.updateLast = strings.Replace(s.insert, "UNLESS", "", 1), orFail(s.update)
+	s.insert = strings.Replace(s.insert, "UNLESS", "ON CONFLICT (id, scope) DO NOTHING", 1)
 	return s
 }
 
