@@ -331,6 +331,8 @@ func (e *Engine[Tx]) dismiss(r *run) {
 	e.mu.Lock()
 	delete(e.runs, r.key)
 	switch {
+	case e.shared != nil && errors.Is(r.broken, ErrOutcomeUnknown): // such a store works on: a look will tell what there is
+		e.queueLocked(Record{Key: r.key, Machine: r.machine, Fingerprint: r.print, Due: now().Add(storagePause)})
 	case r.record.Version == 0 || lasting(r.broken): // there is no key, or it is not ours to carry on
 	case r.broken != nil:
 		r.record.Due = now().Add(storagePause)

@@ -30,7 +30,28 @@ const testLease = 10 * time.Second
 type share struct {
 	*commonFile
 	epoch uint64
-	gone  bool // it renews no more, and says no goodbye
+	gone  bool          // it renews no more, and says no goodbye
+	late  time.Duration // the next commit's answer is lost; the commit takes effect so much later
+}
+
+// Update loses the answer of a commit, once, where the test wants that.
+func (s *share) Update(ctx context.Context, fn func(tx *bbolt.Tx) error) error {
+	s.mu.Lock()
+	late := s.late
+	s.late = 0
+	s.mu.Unlock()
+	if late == 0 {
+		return s.commonFile.Update(ctx, fn)
+	}
+	arrived := make(chan error, 1)
+	go func() {
+		time.Sleep(late)
+		arrived <- s.commonFile.Update(ctx, fn)
+	}()
+	if late == time.Nanosecond {
+		<-arrived
+	}
+	return ErrOutcomeUnknown
 }
 
 func (s *share) Boot(ctx context.Context) (id [16]byte, epoch uint64, err error) {
@@ -268,4 +289,22 @@ func TestAKeyThatWaitsGoesOnWithTheEngineThatIsAsked(t *testing.T) {
 			t.Errorf("after %s: %+v, %v", time.Since(began), p, err)
 		}
 	})
+}
+
+func TestACommitWhoseOutcomeIsUnknownIsLookedForAndItsKeyCarriedOn(t *testing.T) {
+	for _, late := range []time.Duration{time.Nanosecond, storagePause / 2} { // it has taken effect, or does in a moment
+		synctest.Test(t, func(t *testing.T) {
+			f, key := newCommonFile(t), Key{ID: "k"}
+			s, e, m := f.join(t, "one", 0, Options{})
+			defer e.Close()
+			s.late = late
+			if _, err := m.Do(t.Context(), key, parcelled{}); !errors.Is(err, ErrOutcomeUnknown) {
+				t.Errorf("the caller is told %v", err)
+			}
+			time.Sleep(2 * storagePause)
+			if r, err := e.Key(t.Context(), key); err != nil || r.Status != Answered {
+				t.Errorf("the key is %q, %v", r.Status, err)
+			}
+		})
+	}
 }

@@ -165,3 +165,27 @@ func TestWithoutAKeyNobodyCanTellWhatBecameOfACommit(t *testing.T) {
 		t.Errorf("the outcome is told: %v", err)
 	}
 }
+
+func TestACommitThatMayStillArriveIsNotDenied(t *testing.T) {
+	dsn := pgtest.Database(t)
+	proxy := pgtest.NewProxy(t, dsn)
+	s := openStore(t, proxy.DSN(), &postgres.Options{Logger: quiet})
+	defer s.Close()
+	cut := proxy.Cut(pgtest.InFlight, pgtest.Runs("INSERT INTO \"keystate\""))
+	r, runs := claimed("late"), 0
+	refusal := errors.New("on second thoughts, no")
+	err := s.Update(t.Context(), func(tx pgx.Tx) error {
+		if runs++; runs == 2 {
+			return refusal
+		}
+		put := r
+		return s.Keys(tx).(lastPutter).PutLast(&put)
+	})
+	if !errors.Is(err, keystate.ErrOutcomeUnknown) || !errors.Is(err, refusal) || runs != 2 {
+		t.Errorf("after %d runs: %v", runs, err)
+	}
+	cut.Deliver()
+	if _, err := s.Get(t.Context(), r.Key); err != nil {
+		t.Errorf("it has not arrived: %v", err)
+	}
+}
