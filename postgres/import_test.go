@@ -46,7 +46,10 @@ func sample() *rapid.Generator[keystate.Record] {
 		case keystate.Parked:
 			r.ParkReason = keystate.Indeterminate
 		case keystate.Answered:
-			r.Point, r.Ended = keystate.Finished, when.Draw(t, "ended") // in no order: clocks are set back
+			r.Point, r.Ended = keystate.Finished, when.Draw(t, "ended") // in no order: clocks are set back, or were ahead
+			if rapid.IntRange(0, 9).Draw(t, "ahead") == 0 {
+				r.Ended = time.Now().Add(1000 * time.Hour).Truncate(time.Microsecond).UTC()
+			}
 			if rapid.Bool().Draw(t, "refused") {
 				r.Refusal = &keystate.Refusal{Before: "elsewhere", Reason: text.Draw(t, "reason")}
 			}
