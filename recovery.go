@@ -353,6 +353,9 @@ func (e *Engine[Tx]) reapForEver() {
 // reapSome deletes one slice and says when to come back.
 func (e *Engine[Tx]) reapSome() (pause time.Duration, err error) {
 	size := min(max(reapSlice, 2*int(e.finished.Swap(0))), reapLimit)
+	if r, ok := e.store.(Reaper); ok {
+		return e.letReap(r, size)
+	}
 	var oldest []Record
 	err = e.look(e.ctx, func(k Keys) (err error) {
 		oldest, err = k.Finished(0, size)
@@ -377,6 +380,18 @@ func (e *Engine[Tx]) reapSome() (pause time.Duration, err error) {
 	}
 	e.observe(e.observer.Reaped, Event{Size: ripe})
 	return reapPause, nil
+}
+
+// letReap has the store delete one slice.
+func (e *Engine[Tx]) letReap(r Reaper, size int) (pause time.Duration, err error) {
+	reaped, next, err := r.Reap(e.ctx, e.opts.Retention, size)
+	if err != nil {
+		return 0, err
+	}
+	if reaped > 0 {
+		e.observe(e.observer.Reaped, Event{Size: reaped})
+	}
+	return min(max(next, reapPause), reapLook), nil
 }
 
 func (e *Engine[Tx]) reap(records []Record) error {

@@ -44,6 +44,14 @@ type SharedStore[Tx any] interface {
 	Adopt(ctx context.Context, machines []string, limit int) ([]Record, error)
 }
 
+// A Reaper is a store that deletes finished records by itself, many at once.
+type Reaper interface {
+	// Reap deletes up to limit finished records whose retention has passed by the store's clock, counted from when it gave them their
+	// Sequence, the lowest first. It passes over those that another call is just deleting, and waits for none. It returns how many it has deleted; and if
+	// those were fewer than limit, in how long the next one is due: 0 if others are at it, the retention if there is none.
+	Reap(ctx context.Context, retention time.Duration, limit int) (reaped int, next time.Duration, err error)
+}
+
 // Keys are the engine's records inside one transaction.
 type Keys interface {
 	// Get returns the record of a key, or [ErrNotFound].

@@ -4,6 +4,7 @@
 //	trial.go        one check's store, and the shorthands to work on it
 //	boot.go         opening, and opening twice
 //	records.go      records come back whole, and only their holder moves them on
+//	reap.go         deleting what has had its time
 //	lists.go        sequences, counts, pages
 //	updates.go      failures leave no trace; races have one winner
 //	views.go        readers see what is committed
@@ -59,6 +60,8 @@ func storeChecks[Tx any]() []storeCheck[Tx] {
 		{"Put counts versions", trial.putCountsVersions},
 		{"Put fences whoever does not hold the record", trial.putFences},
 		{"Delete takes a finished record from its holder only", trial.deleteFences},
+		{"a record that ends and is deleted in one transaction leaves nothing", trial.endedAndDeleted},
+		{"a store that reaps by itself takes what is due, once", trial.reaps},
 		{"finished records are numbered in order, and no number is used twice", trial.sequencesGrow},
 		{"Counts equal a recount", trial.countsEqualRecount},
 		{"Unfinished lists every key once, in pages of any size", trial.unfinishedPages},

@@ -58,6 +58,60 @@ func TestAStoreThatRunsEveryFunctionTwiceMayPass(t *testing.T) {
 	Store(t, twice.open, BoltRows())
 }
 
+func TestAStoreThatReapsByItselfMayPass(t *testing.T) {
+	defer goleak.VerifyNone(t)
+	setFlags(t, map[string]string{"rapid.checks": "20"})
+	Store(t, func(t testing.TB, dir string) keystate.Store[*bbolt.Tx] {
+		return &reapingBolt{Store: OpenBolt(t, dir)}
+	}, BoltRows())
+}
+
+// A reapingBolt reaps by the time that it was given a record, as a server would; where it is faulty, in another way.
+type reapingBolt struct {
+	keystate.Store[*bbolt.Tx]
+	is string // empty: sound
+}
+
+// brokenReapers are ways to reap that are wrong.
+var brokenReapers = []string{"reaps before the time", "reaps more than it was asked for", "reaps the last first", "counts what others reap", "says nothing is ever due"}
+
+func (s *reapingBolt) Reap(ctx context.Context, retention time.Duration, limit int) (reaped int, next time.Duration, err error) {
+	due := retention == 0 || s.is == "reaps before the time"
+	err = s.Update(ctx, func(tx *bbolt.Tx) error {
+		keys := s.Keys(tx)
+		reaped = 0
+		page, err := keys.Finished(0, 1000)
+		if next = retention; len(page) > 0 {
+			next = retention / 2
+		}
+		if s.is == "reaps the last first" {
+			slices.Reverse(page)
+		}
+		if s.is == "reaps more than it was asked for" {
+			limit++
+		}
+		for _, r := range page[:min(limit, len(page))] {
+			if !due {
+				break
+			}
+			if err := keys.Delete(r); err != nil {
+				return err
+			}
+			reaped++
+		}
+		return err
+	})
+	switch s.is {
+	case "counts what others reap":
+		if retention == 0 {
+			reaped = limit
+		}
+	case "says nothing is ever due":
+		next = 0
+	}
+	return reaped, next, err
+}
+
 // A sharedHouse lets a bbolt store be opened any number of times at once, as a database server would.
 type sharedHouse struct {
 	sync.Mutex
@@ -161,6 +215,11 @@ func TestEveryBrokenStoreIsFound(t *testing.T) {
 	}
 	for _, f := range faults() {
 		finds(f.is, f.foundBy, f.open)
+	}
+	for _, is := range brokenReapers {
+		finds(is, "a store that reaps by itself takes what is due, once", func(t testing.TB, dir string) keystate.Store[*bbolt.Tx] {
+			return &reapingBolt{Store: OpenBolt(t, dir), is: is}
+		})
 	}
 	for name, open := range brokenShares() {
 		finds(name, "two openings share the store, or the second is refused", open)
@@ -489,6 +548,7 @@ func faults() []fault {
 		versions    = "Put counts versions"
 		fences      = "Put fences whoever does not hold the record"
 		deletes     = "Delete takes a finished record from its holder only"
+		withdrawn   = "a record that ends and is deleted in one transaction leaves nothing"
 		sequences   = "finished records are numbered in order, and no number is used twice"
 		counts      = "Counts equal a recount"
 		pages       = "Unfinished lists every key once, in pages of any size"
@@ -657,6 +717,19 @@ func faults() []fault {
 			}
 		})},
 
+		{"Delete passes over what the transaction itself has ended", withdrawn, inKeys(func(k *faultyKeys) {
+			ended := map[keystate.Key]bool{}
+			k.put = func(r *keystate.Record) error {
+				ended[r.Key] = r.Status == keystate.Answered && r.Version > 0
+				return k.Keys.Put(r)
+			}
+			k.delete = func(r keystate.Record) error {
+				if ended[r.Key] {
+					return nil
+				}
+				return k.Keys.Delete(r)
+			}
+		})},
 		{"Delete takes unfinished records", deletes, inKeys(func(k *faultyKeys) {
 			k.delete = func(r keystate.Record) error {
 				if r.Status != keystate.Answered {
