@@ -50,7 +50,7 @@ func (s *storeTrial[Tx]) reaps() error {
 	reap := func(retention time.Duration, limit, want int) (time.Duration, error) {
 		n, next, err := reaper.Reap(context.Background(), retention, limit)
 		if err == nil && n != want {
-			err = fmt.Errorf("Reap, at most %d after %s, has deleted %d records, want %d", limit, retention, n, want)
+			err = fmt.Errorf("reaping %d at most after %s has deleted %d records, want %d", limit, retention, n, want)
 		}
 		return next, err
 	}
