@@ -19,6 +19,9 @@ func (s *Store) Boot(ctx context.Context) (id [16]byte, epoch uint64, err error)
 			if err := tx.QueryRow(ctx, s.sql.boot).Scan(&bytes, &n); err != nil {
 				return err
 			}
+			if len(bytes) == markSize { // before the commit: a boot that is refused leaves nothing behind
+				return errMoving
+			}
 			_, err := tx.Exec(ctx, s.sql.enter, n, s.options.Lease.Microseconds())
 			return err
 		})
@@ -102,3 +105,5 @@ func (s *Store) leave() error {
 	}
 	return nil
 }
+
+var errMoving = errors.New("a file's keys are being moved here: no engine can start until Import is done")
