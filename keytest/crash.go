@@ -51,10 +51,11 @@ type Case[Tx, S any] struct {
 	// Options are the engine's. Nothing is reaped; nothing is logged unless there is a Logger; Headroom is none by default.
 	Options keystate.Options
 
-	// Open opens the store that lives in a folder, and makes it when there is none. Default, for *bbolt.Tx: [OpenBolt].
+	// Open opens the store that lives in a folder, and makes it when there is none; on a server, the folder is a name that no other scenario has. It is called
+	// for every process that is played, in the bubble, where whatever waits for others must be made: pools of connections. Default, for *bbolt.Tx: [OpenBolt].
 	Open func(t testing.TB, dir string) keystate.Store[Tx]
 
-	// Contents reads what the program has written to the store, as a value that can be compared. Default, for
+	// Contents reads what the program has written to the store, as a value that can be compared: maps of rows, for one. Default, for
 	// *bbolt.Tx: all of the program's buckets; for others: nothing is compared but by Check.
 	Contents func(tx Tx) (any, error)
 }
@@ -97,8 +98,12 @@ func (c *Case[Tx, S]) varies(path string) bool {
 // Whatever was interrupted is resumed by a new process. Each of these is a subtest, and its errors say what differs from the
 // run without a fault, and what probably causes it.
 //
-// Every scenario is played in a [testing/synctest] bubble: waiting takes no time, and phases must not wait for anything outside
-// it, such as a real network. For a client of an HTTP interface, put an [net/http.RoundTripper] into its Transport that calls the handler.
+// A store that several engines may share, a [keystate.SharedStore], must be [Killable], and meets more faults: a second process has it open all the time,
+// and goes on where the first is killed, shuts down, or stands still until it has been taken for dead.
+//
+// Every scenario is played in a [testing/synctest] bubble: waiting takes no time, and effects must not wait for anything outside
+// it, such as a real network. For a client of an HTTP interface, put an [net/http.RoundTripper] into its Transport that calls the handler. The store
+// may be a server: while it is at work, the bubble's time stands still. See [Connections].
 func Crash[Tx, S any](t *testing.T, build func(w *World) Case[Tx, S]) {
 	t.Helper()
 	m := &matrix[Tx, S]{build: build}
@@ -132,6 +137,7 @@ type scenario struct {
 	faults  []fault // the n-th strikes in the n-th process
 	deploy  bool    // the second process is of the next release
 	callers int
+	beside  bool          // the second process starts with the first, and has the store open with it
 	later   time.Duration // than the run without a fault
 }
 
@@ -141,8 +147,12 @@ func (s scenario) String() string {
 		parts = append(parts, f.String())
 	}
 	switch {
+	case s.callers > 1 && s.beside:
+		parts = append(parts, fmt.Sprintf("%d callers at once, each at a process of its own", s.callers))
 	case s.callers > 1:
 		parts = append(parts, fmt.Sprintf("%d callers at once", s.callers))
+	case s.beside && s.faults[0].what.ends():
+		parts[0] += " beside another process"
 	case s.deploy && len(s.faults) > 0:
 		parts = append(parts, "the next release starts")
 	case s.deploy:
@@ -185,9 +195,12 @@ func (m *matrix[Tx, S]) scenarios() (all []scenario) {
 		all = append(all, scenario{faults: []fault{f}})
 	}
 	all = append(all, scenario{callers: 2})
+	if m.plain.shared {
+		all = append(all, m.besides()...)
+	}
 	if m.next != nil {
 		for _, sc := range slices.Clone(all) {
-			if len(sc.faults) > 0 && sc.faults[0].what.ends() {
+			if len(sc.faults) > 0 && sc.faults[0].what.ends() && !sc.beside {
 				all = append(all, scenario{faults: sc.faults, deploy: true})
 			}
 		}
@@ -195,15 +208,31 @@ func (m *matrix[Tx, S]) scenarios() (all []scenario) {
 	return all
 }
 
+// besides are the scenarios in which another process has the store open all the time.
+func (m *matrix[Tx, S]) besides() (all []scenario) {
+	for _, f := range m.strikes(m.plain.processes[0], faultsBeside) {
+		all = append(all, scenario{faults: []fault{f}, beside: true})
+	}
+	return append(all, scenario{callers: 2, beside: true})
+}
+
 func (m *matrix[Tx, S]) faultsIn(places []place) (all []fault) {
+	for _, f := range m.strikes(places, faultsAt) {
+		if f.what != killedForLong || m.plain.tokenLife > 0 {
+			all = append(all, f)
+		}
+	}
+	return all
+}
+
+// strikes are the faults at places.
+func (m *matrix[Tx, S]) strikes(places []place, faults map[placeKind][]what) (all []fault) {
 	for n, at := range places {
 		if at.name == "" {
 			continue // a transaction that fails by itself
 		}
-		for _, w := range faultsAt[at.kind] {
-			if w != killedForLong || m.plain.tokenLife > 0 {
-				all = append(all, fault{what: w, at: n, place: at})
-			}
+		for _, w := range faults[at.kind] {
+			all = append(all, fault{what: w, at: n, place: at})
 		}
 	}
 	return all
@@ -211,7 +240,7 @@ func (m *matrix[Tx, S]) faultsIn(places []place) (all []fault) {
 
 // pairs are the scenarios in which a second fault strikes, while the process recovers that was started after the first.
 func (m *matrix[Tx, S]) pairs(first *outcome) (all []scenario) {
-	if !first.pairs || len(first.processes) < 2 || first.scenario.deploy {
+	if !first.pairs || len(first.processes) < 2 || first.scenario.deploy || first.scenario.beside {
 		return nil
 	}
 	for _, f := range m.faultsIn(first.processes[1]) {

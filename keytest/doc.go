@@ -7,12 +7,14 @@
 //
 // docs/testing.md is an introduction of five minutes. The files:
 //
-//	crash.go     Case, Crash, and the scenarios that a case gives rise to
-//	play.go      one scenario, process after process, until its end
-//	process.go   one process: it stands between the engine, the store and the phases, and can die at any place
-//	judge.go     what an end differs in from the run without a fault, and what probably causes it
-//	compare.go   values as what can be compared and shown
-//	world.go     the other side of effects
-//	property.go  Crash for requests that rapid draws
-//	store.go     Store; what it checks is in internal/conformance
+//	crash.go        Case, Crash, and the scenarios that a case gives rise to
+//	play.go         one scenario, process after process, until its end
+//	process.go      one process: it stands between the engine, the store and the phases, and can die at any place
+//	shared.go       processes that have one store open together, and those that stand still too long
+//	connections.go  a process's way to a server, which breaks when it dies
+//	judge.go        what an end differs in from the run without a fault, and what probably causes it
+//	compare.go      values as what can be compared and shown
+//	world.go        the other side of effects
+//	property.go     Crash for requests that rapid draws
+//	store.go        Store; what it checks is in internal/conformance
 package keytest

@@ -25,6 +25,7 @@ type outcome struct {
 	refused   bool
 	withdrawn string // what the client is told of it, if it is
 
+	shared         bool // several processes may have the store open
 	deploys, pairs bool
 	tokenLife      time.Duration
 	ignoresTokens  bool
@@ -144,6 +145,8 @@ func (o *outcome) suspicion() string {
 		switch {
 		case f.what == writtenTwice:
 			return "the commit uses something besides tx, s and ctx: a clock, a random number, memory"
+		case f.what == killedBeforeWrite:
+			return "a commit writes past tx, or " + memory
 		case f.place.kind != atEffect || f.what == killedBeforeEffect || f.what == effectFailed:
 		case o.reconciles:
 			return "Reconcile says Done and does not fill in the state as the effect does, or " + memory

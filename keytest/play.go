@@ -24,6 +24,8 @@ type play[Tx, S any] struct {
 	subject  Case[Tx, S]
 	world    *World
 
+	beside *process[Tx, S] // another that has the store open with the first
+
 	mu      sync.Mutex
 	outcome *outcome
 	last    *remains // what the last phase has left in the state; only kept without faults
@@ -60,7 +62,7 @@ func (p *play[Tx, S]) perform() {
 	}
 	const mostLives = 10
 	for life := range mostLives {
-		proc, err := p.boot(life)
+		proc, err := p.enter(life)
 		if err != nil {
 			cause := ""
 			if p.scenario.deploy {
@@ -79,6 +81,7 @@ func (p *play[Tx, S]) perform() {
 		}
 		time.Sleep(p.absence(life))
 	}
+	p.leaveBeside()
 	p.outcome.deeds = p.world.counts()
 	for _, w := range p.world.wrongs {
 		p.find(w.what, w.cause)
@@ -87,7 +90,10 @@ func (p *play[Tx, S]) perform() {
 
 // absence is how long it takes until another process is started.
 func (p *play[Tx, S]) absence(life int) time.Duration {
-	const restart = 17 * time.Second
+	const restart, another = 17 * time.Second, time.Second
+	if p.scenario.beside && life == 0 {
+		return another
+	}
 	if life < len(p.scenario.faults) && p.scenario.faults[life].what == killedForLong {
 		return p.world.TokenLife + restart
 	}
@@ -96,6 +102,7 @@ func (p *play[Tx, S]) absence(life int) time.Duration {
 
 func (p *play[Tx, S]) setUp() (err error) {
 	s := p.subject.open(p.t, p.dir)
+	_, p.outcome.shared = s.(keystate.SharedStore[Tx])
 	defer func() { err = errors.Join(err, s.Close()) }()
 	ctx := context.Background()
 	if _, _, err := s.Boot(ctx); err != nil || p.subject.Setup == nil {
@@ -151,6 +158,13 @@ func (p *play[Tx, S]) leaving(at place, s *S) {
 	}
 }
 
+// undo forgets what a phase has left that belongs to a transaction which is undone: the store may run one again whenever it likes.
+func (p *play[Tx, S]) undo() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.last = nil
+}
+
 // survivesLocked says what of the state that a phase has left has not survived.
 func (p *play[Tx, S]) survivesLocked(now map[string]string, when string) {
 	for _, d := range differences(p.last.state, now, nothing) {
@@ -176,12 +190,16 @@ func (at place) String() string {
 func (p *process[Tx, S]) live() (end bool) {
 	ctx := context.Background()
 	var callers sync.WaitGroup
-	for range max(1, p.play.scenario.callers) {
-		callers.Go(func() { p.hear(p.carry()) })
+	for n := range max(1, p.play.scenario.callers) {
+		asked := p
+		if n > 0 && p.play.beside != nil {
+			asked = p.play.beside
+		}
+		callers.Go(asked.serve)
 	}
 	callers.Wait()
 	if !p.over() {
-		_ = p.engine.Resume(ctx) // for the keys that were staged
+		p.finish(ctx)
 	}
 	if p.over() {
 		return false
@@ -194,6 +212,9 @@ func (p *process[Tx, S]) live() (end bool) {
 	p.conclude(answer, err)
 	return true
 }
+
+// serve answers a client.
+func (p *process[Tx, S]) serve() { p.hear(p.carry()) }
 
 // carry asks as a client does, and acts as an operator would on a parked key, until there is an answer or the process ends. A
 // request that is withdrawn is made once more: it may be its time by then.

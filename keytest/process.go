@@ -1,6 +1,7 @@
 package keytest
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -51,6 +52,8 @@ const (
 	killedBeforeWrite  what = "killed in the transaction of %s"
 	killedAfterWrite   what = "killed when the transaction of %s is durable and nobody has heard of it"
 	writtenTwice       what = "the transaction of %s is undone and run again"
+	stillAfterEffect   what = "stands still after the effect of %s until another process has taken over"
+	stillBeforeWrite   what = "stands still before the transaction of %s until another process has taken over"
 )
 
 // faultsAt are the faults that may strike at each kind of place.
@@ -58,6 +61,12 @@ var faultsAt = map[placeKind][]what{
 	atEffect: {killedBeforeEffect, killedAfterEffect, killedForLong, answerLost, timedOut, effectFailed, shutDown},
 	atCommit: {commitFailed, commitFailedKilled},
 	atWrite:  {killedBeforeWrite, killedAfterWrite, writtenTwice},
+}
+
+// faultsBeside are those that may strike while another process has the store open.
+var faultsBeside = map[placeKind][]what{
+	atEffect: {killedBeforeEffect, killedAfterEffect, stillAfterEffect, shutDown},
+	atWrite:  {killedBeforeWrite, killedAfterWrite, stillBeforeWrite},
 }
 
 // ends says whether the process does not survive the fault.
@@ -88,18 +97,25 @@ type process[Tx, S any] struct {
 	machine *keystate.Machine[S]
 	started chan struct{} // closed when the program has started: interrupted keys go on before
 	close   func() error
+	epoch   uint64 // of the boot
 
 	mu        sync.Mutex
 	places    []place
 	dead      bool
+	still     chan struct{} // the process stands still until it is closed
 	closing   bool
 	killLater bool // after the next transaction
+	watched   Tx   // the transaction whose puts are taken down
+	put       func(keystate.Record)
 }
 
 // boot starts the program: it opens the store, and the engine on it, and registers the machine.
 func (p *play[Tx, S]) boot(life int) (*process[Tx, S], error) {
 	proc := &process[Tx, S]{Store: p.subject.open(p.t, p.dir), play: p, started: make(chan struct{})}
 	defer close(proc.started)
+	if err := p.canDie(proc.Store); err != nil {
+		return nil, errors.Join(err, proc.Store.Close())
+	}
 	if life < len(p.scenario.faults) {
 		proc.fault = p.scenario.faults[life]
 	}
@@ -112,7 +128,7 @@ func (p *play[Tx, S]) boot(life int) (*process[Tx, S], error) {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
 	var err error
-	if proc.engine, err = keystate.New[Tx](proc, &opts); err != nil {
+	if proc.engine, err = keystate.New(proc.asStore(), &opts); err != nil {
 		return nil, errors.Join(err, proc.Store.Close())
 	}
 	proc.close = sync.OnceValue(proc.engine.Close)
@@ -143,17 +159,26 @@ func (p *process[Tx, S]) reach(at place) (n int, strikes what) {
 	return n, p.fault.what
 }
 
+// die ends the process where it is: nothing that it does from here on has an effect.
 func (p *process[Tx, S]) die() error {
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	p.dead = true
+	p.mu.Unlock()
+	if store, ok := p.Store.(Killable); ok {
+		store.Kill()
+	}
 	return errKilled
 }
 
-func (p *process[Tx, S]) isDead() bool {
+// gone says whether the process is dead. Where it stands still, so does whoever asks.
+func (p *process[Tx, S]) gone() bool {
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.dead
+	still, dead := p.still, p.dead
+	p.mu.Unlock()
+	if still != nil {
+		<-still
+	}
+	return dead
 }
 
 // over says whether the process has ended, one way or the other.
@@ -185,7 +210,7 @@ func (p *process[Tx, S]) wrap(phases []keystate.Phase[Tx, S]) []keystate.Phase[T
 }
 
 func (p *process[Tx, S]) effect(ctx context.Context, token string, s *S, at place, effect func(context.Context, string, *S) error) error {
-	if p.isDead() {
+	if p.gone() {
 		return errKilled
 	}
 	_, strikes := p.reach(at)
@@ -207,6 +232,8 @@ func (p *process[Tx, S]) effect(ctx context.Context, token string, s *S, at plac
 	switch strikes {
 	case killedAfterEffect, killedForLong:
 		return p.die()
+	case stillAfterEffect:
+		p.standStill()
 	case answerLost:
 		return errFault
 	case timedOut:
@@ -256,17 +283,30 @@ func (p *process[Tx, S]) commit(ctx context.Context, tx Tx, s *S, at place, comm
 
 // Update runs a transaction of the engine, or what a fault makes of it.
 func (p *process[Tx, S]) Update(ctx context.Context, fn func(tx Tx) error) error {
-	if p.isDead() {
+	if p.gone() {
 		return errKilled
 	}
 	n, strikes := p.reach(place{kind: atWrite})
-	withdraws := false
+	if strikes == stillBeforeWrite {
+		p.standStill()
+	}
+	withdraws, again := false, false
 	run := func(tx Tx) error {
-		before := p.record(tx)
+		if again {
+			p.play.undo()
+		}
+		again = true
+		before, err := p.record(tx)
+		if err != nil {
+			return err
+		}
 		if err := fn(tx); err != nil {
 			return err
 		}
-		after := p.record(tx)
+		after, err := p.record(tx)
+		if err != nil {
+			return err
+		}
 		withdraws = before.Version > 0 && after.Version == 0
 		p.label(n, before, after)
 		return nil
@@ -274,16 +314,19 @@ func (p *process[Tx, S]) Update(ctx context.Context, fn func(tx Tx) error) error
 	var err error
 	switch strikes {
 	case killedBeforeWrite:
-		err = p.undone(ctx, run)
+		err = p.interrupted(ctx, run)
 	case writtenTwice:
 		err = p.twice(ctx, run)
 	default:
 		err = p.Store.Update(ctx, run)
 	}
+	if err != nil {
+		p.play.undo()
+	}
 	if err == nil && withdraws {
 		p.play.forgets()
 	}
-	if err == nil && (strikes == killedBeforeWrite || strikes == killedAfterWrite || p.isToDie()) {
+	if err == nil && (strikes == killedAfterWrite || p.isToDie()) {
 		return p.die()
 	}
 	return err
@@ -293,6 +336,16 @@ func (p *process[Tx, S]) isToDie() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.killLater
+}
+
+// interrupted runs a transaction, and dies before its end.
+func (p *process[Tx, S]) interrupted(ctx context.Context, fn func(tx Tx) error) error {
+	return p.Store.Update(ctx, func(tx Tx) error {
+		if err := fn(tx); err != nil {
+			return err
+		}
+		return p.die()
+	})
 }
 
 // undone runs a transaction and rolls it back.
@@ -314,10 +367,7 @@ func (p *process[Tx, S]) twice(ctx context.Context, fn func(tx Tx) error) error 
 	var first, second map[string]string
 	look := func(into *map[string]string) func(tx Tx) error {
 		return func(tx Tx) (err error) {
-			if err := fn(tx); err != nil {
-				return err
-			}
-			*into, err = p.written(tx)
+			*into, err = p.written(tx, fn)
 			return err
 		}
 	}
@@ -335,19 +385,24 @@ func (p *process[Tx, S]) twice(ctx context.Context, fn func(tx Tx) error) error 
 	return nil
 }
 
-// written is what a transaction has come to: what the program has written, and where all the keys stand.
-func (p *process[Tx, S]) written(tx Tx) (map[string]string, error) {
-	all, err := p.play.contents(tx)
+// written runs fn in a transaction and says what has come of it: what the program has written, and the states of the keys. What others do
+// in the hour between two runs is no part of it.
+func (p *process[Tx, S]) written(tx Tx, fn func(tx Tx) error) (map[string]string, error) {
+	before, err := p.play.contents(tx)
 	if err != nil {
 		return nil, err
 	}
-	const enough = 1000
-	records, err := p.Keys(tx).Unfinished(keystate.Key{}, enough)
+	records, err := p.puts(tx, fn)
 	if err != nil {
 		return nil, err
 	}
-	if r := p.record(tx); r.Status == keystate.Answered {
-		records = append(records, r)
+	after, err := p.play.contents(tx)
+	if err != nil {
+		return nil, err
+	}
+	all := map[string]string{}
+	for _, d := range differences(before, after, nothing) {
+		all[d.path] = cmp.Or(d.got, "gone")
 	}
 	for _, r := range records {
 		if s, err := p.machine.DecodeState(r); err == nil {
@@ -359,21 +414,65 @@ func (p *process[Tx, S]) written(tx Tx) (map[string]string, error) {
 	return all, nil
 }
 
+// puts runs fn in a transaction and returns the records that the engine puts in it.
+func (p *process[Tx, S]) puts(tx Tx, fn func(tx Tx) error) (records []keystate.Record, err error) {
+	p.watch(tx, func(r keystate.Record) { records = append(records, r) })
+	defer p.watch(*new(Tx), nil)
+	err = fn(tx)
+	return records, err
+}
+
+func (p *process[Tx, S]) watch(tx Tx, put func(keystate.Record)) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.watched, p.put = tx, put
+}
+
+// Keys are the store's. What is put is taken down where a transaction is watched.
+func (p *process[Tx, S]) Keys(tx Tx) keystate.Keys {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.put == nil || any(tx) != any(p.watched) {
+		return p.Store.Keys(tx)
+	}
+	return watchedKeys{p.Store.Keys(tx), p.put}
+}
+
+// watchedKeys tell of every Put.
+type watchedKeys struct {
+	keystate.Keys
+	put func(keystate.Record)
+}
+
+func (k watchedKeys) Put(r *keystate.Record) error {
+	err := k.Keys.Put(r)
+	if err == nil {
+		k.put(*r)
+	}
+	return err
+}
+
+// Boot notes the epoch.
+func (p *process[Tx, S]) Boot(ctx context.Context) (id [16]byte, epoch uint64, err error) {
+	id, p.epoch, err = p.Store.Boot(ctx)
+	return id, p.epoch, err
+}
+
 // View reads, unless the process is dead.
 func (p *process[Tx, S]) View(ctx context.Context, fn func(tx Tx) error) error {
-	if p.isDead() {
+	if p.gone() {
 		return errKilled
 	}
 	return p.Store.View(ctx, fn)
 }
 
 // record is the key's record in a transaction, or an empty one.
-func (p *process[Tx, S]) record(tx Tx) keystate.Record {
-	r, err := p.Keys(tx).Get(p.play.subject.key())
-	if err != nil {
-		return keystate.Record{}
+func (p *process[Tx, S]) record(tx Tx) (keystate.Record, error) {
+	r, err := p.Store.Keys(tx).Get(p.play.subject.key())
+	if errors.Is(err, keystate.ErrNotFound) {
+		return keystate.Record{}, nil
 	}
-	return r
+	return r, err // after which a transaction may be one that cannot commit
 }
 
 // label says what a transaction does to the key.
