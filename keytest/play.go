@@ -188,7 +188,6 @@ func (at place) String() string {
 
 // live lets clients ask until they are answered, and reports whether it has come to the end: otherwise the process has.
 func (p *process[Tx, S]) live() (end bool) {
-	ctx := context.Background()
 	var callers sync.WaitGroup
 	for n := range max(1, p.play.scenario.callers) {
 		asked := p
@@ -199,7 +198,7 @@ func (p *process[Tx, S]) live() (end bool) {
 	}
 	callers.Wait()
 	if !p.over() {
-		p.finish(ctx)
+		p.finish()
 	}
 	if p.over() {
 		return false
@@ -220,7 +219,8 @@ func (p *process[Tx, S]) serve() { p.hear(p.carry()) }
 // request that is withdrawn is made once more: it may be its time by then.
 func (p *process[Tx, S]) carry() (answer S, err error) {
 	const patience, pause = 8, time.Second
-	ctx := context.Background()
+	ctx, cancel := p.whileLeasesMayHold()
+	defer cancel()
 	withdrawals := 0
 	for range patience {
 		answer, err = p.machine.Do(ctx, p.play.subject.key(), p.play.subject.Request)

@@ -94,10 +94,21 @@ func (p *process[Tx, S]) standStill() {
 	close(p.still)
 }
 
+// whileLeasesMayHold bounds how long a client waits: who is taken for alive for ever is waited for as long.
+func (p *process[Tx, S]) whileLeasesMayHold() (context.Context, context.CancelFunc) {
+	const longest = 2 * time.Hour
+	if p.shared() == nil {
+		return context.Background(), func() {}
+	}
+	return context.WithTimeout(context.Background(), longest)
+}
+
 // finish lets the engine carry on whatever there is, such as staged keys: also what a process has left that is dead and counts as alive for
 // as long as its lease says.
-func (p *process[Tx, S]) finish(ctx context.Context) {
+func (p *process[Tx, S]) finish() {
 	const patience, glance = time.Hour, time.Second
+	ctx, cancel := p.whileLeasesMayHold()
+	defer cancel()
 	var left keystate.Key
 	for range patience / glance {
 		_ = p.engine.Resume(ctx)
@@ -105,7 +116,7 @@ func (p *process[Tx, S]) finish(ctx context.Context) {
 			return
 		}
 		var err error
-		if left, err = p.leftByOthers(ctx); err != nil || left == (keystate.Key{}) {
+		if left, err = p.leftByOthers(); err != nil || left == (keystate.Key{}) {
 			return
 		}
 		time.Sleep(glance)
@@ -115,9 +126,9 @@ func (p *process[Tx, S]) finish(ctx context.Context) {
 }
 
 // leftByOthers is a key that should go on and is another boot's, or the empty key.
-func (p *process[Tx, S]) leftByOthers(ctx context.Context) (key keystate.Key, err error) {
+func (p *process[Tx, S]) leftByOthers() (key keystate.Key, err error) {
 	const enough = 1000
-	err = p.View(ctx, func(tx Tx) error {
+	err = p.View(context.Background(), func(tx Tx) error {
 		records, err := p.Keys(tx).Unfinished(keystate.Key{}, enough)
 		for _, r := range records {
 			if r.Epoch != p.epoch && r.Status != keystate.Parked {
