@@ -30,7 +30,6 @@ type hubFile struct {
 	id     [16]byte
 	epochs uint64
 	until  map[uint64]time.Time
-	users  int
 }
 
 func newHub() *hub { return &hub{lease: time.Minute, files: map[string]*hubFile{}} }

@@ -313,7 +313,7 @@ func failsElsewhere(t *testing.T, subtest string, says []string, test func(dsn s
 	for _, name := range names {
 		path = append(path, "^"+regexp.QuoteMeta(name)+"$")
 	}
-	child := exec.Command(os.Args[0], "-test.run="+strings.Join(path, "/"), "-test.timeout=100s", "-rapid.nofailfile", "-rapid.shrinktime=2s")
+	child := exec.Command(os.Args[0], "-test.run="+strings.Join(path, "/"), "-test.timeout=100s", "-rapid.nofailfile", "-rapid.shrinktime=200ms")
 	child.Env = append(os.Environ(), brokenDatabase+"="+pgtest.Database(t))
 	said, err := child.CombinedOutput()
 	if exit := (*exec.ExitError)(nil); !errors.As(err, &exit) || exit.ExitCode() != 1 || !strings.Contains(string(said), "--- FAIL: "+strings.Join(names, "/")) {
