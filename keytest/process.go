@@ -428,14 +428,16 @@ func (p *process[Tx, S]) watch(tx Tx, put func(keystate.Record)) {
 	p.watched, p.put = tx, put
 }
 
-// Keys are the store's. What is put is taken down where a transaction is watched.
+// Keys are the store's. What is put is taken down where a transaction is watched. A store that could put a record together with its commit
+// puts it before: the process looks at it first.
 func (p *process[Tx, S]) Keys(tx Tx) keystate.Keys {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.put == nil || any(tx) != any(p.watched) {
-		return p.Store.Keys(tx)
+	keys := watchedKeys{p.Store.Keys(tx), func(keystate.Record) {}}
+	if p.put != nil && any(tx) == any(p.watched) {
+		keys.put = p.put
 	}
-	return watchedKeys{p.Store.Keys(tx), p.put}
+	return keys
 }
 
 // watchedKeys tell of every Put.
