@@ -15,6 +15,8 @@ import (
 // A Pair is a primary and a standby without which it acknowledges nothing.
 type Pair struct {
 	Primary, Standby *Server
+
+	hosts [2]*Server // as the DSN names them
 }
 
 // StartPair starts a pair that ends with the test. An acknowledged commit is on the disk of both, or, with
@@ -27,7 +29,7 @@ func StartPair(t testing.TB, opts ...Option) *Pair {
 		t.Fatal(err)
 	}
 	standby.endWith(t)
-	p := &Pair{Primary: primary, Standby: standby}
+	p := &Pair{Primary: primary, Standby: standby, hosts: [2]*Server{primary, standby}}
 	if err := p.synchronize(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -39,16 +41,20 @@ func startStandby(primary *Server, opts []Option) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	from := fmt.Sprintf("host=%s port=%d user=%s application_name=standby", primary.folder, primary.port, superuser)
-	err = s.run(s.programs.path("pg_basebackup"), "-D", s.clusterFolder(), "-R", "-X", "stream", "-c", "fast",
-		"--no-sync", "-d", from)
-	if err == nil {
+	if err = s.copyOf(primary); err == nil {
 		err = s.launchFirst(how)
 	}
 	if err != nil {
 		return nil, errors.Join(err, s.close())
 	}
 	return s, nil
+}
+
+// copyOf fills the cluster's folder with a copy of a primary, which is a standby when it is started.
+func (s *Server) copyOf(primary *Server) error {
+	from := fmt.Sprintf("host=%s port=%d user=%s application_name=standby", primary.folder, primary.port, superuser)
+	return s.run(s.programs.path("pg_basebackup"), "-D", s.clusterFolder(), "-R", "-X", "stream", "-c", "fast",
+		"--no-sync", "-d", from)
 }
 
 // synchronize has the primary wait for the standby from now on. It does so after the standby was copied, which
@@ -97,11 +103,28 @@ func (p *Pair) Promote(ctx context.Context) error {
 	return nil
 }
 
+// Rejoin makes the killed primary a standby of the promoted one, and swaps the two: the pair is as it was at first, and
+// its DSN stays the same.
+func (p *Pair) Rejoin(ctx context.Context) error {
+	p.Primary, p.Standby = p.Standby, p.Primary
+	err := p.Standby.run("/bin/rm", "-r", p.Standby.clusterFolder())
+	if err == nil {
+		err = p.Standby.copyOf(p.Primary)
+	}
+	if err == nil {
+		err = p.Standby.Restart()
+	}
+	if err != nil {
+		return fmt.Errorf("pgtest: rejoin the old primary: %w", err)
+	}
+	return p.synchronize(ctx)
+}
+
 // DSN names a database on whichever of the two takes writes.
 func (p *Pair) DSN(database string) string {
 	return dsnOf(database, url.Values{
-		"host":                 {p.Primary.folder + "," + p.Standby.folder},
-		"port":                 {strconv.Itoa(p.Primary.port) + "," + strconv.Itoa(p.Standby.port)},
+		"host":                 {p.hosts[0].folder + "," + p.hosts[1].folder},
+		"port":                 {strconv.Itoa(p.hosts[0].port) + "," + strconv.Itoa(p.hosts[1].port)},
 		"target_session_attrs": {"read-write"},
 	})
 }

@@ -116,3 +116,30 @@ func TestPairsDSNFindsWhicheverTakesWrites(t *testing.T) {
 		t.Errorf("at last %s", got)
 	}
 }
+
+func TestRejoinedPairFailsOverAgainAndLosesNothing(t *testing.T) {
+	t.Parallel()
+	pair := StartPair(t, FsyncOff)
+	dsn := pair.Database(t)
+	first := pair.DSN("postgres")
+	exec1(t, connect(t, dsn), "CREATE TABLE t (n int)")
+	for n := 1; n <= 3; n++ {
+		exec1(t, connect(t, dsn), "INSERT INTO t VALUES ($1)", n)
+		if err := pair.Primary.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		if err := pair.Promote(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		exec1(t, connect(t, dsn), "INSERT INTO t VALUES ($1)", -n)
+		if err := pair.Rejoin(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if kept := count(t, connect(t, dsn), "SELECT count(*) FROM t"); kept != 2*n {
+			t.Errorf("of %d rows, %d are there", 2*n, kept)
+		}
+	}
+	if pair.DSN("postgres") != first {
+		t.Error("the DSN has changed")
+	}
+}
