@@ -116,7 +116,7 @@ func (l *ledger) awaitAnswers(t *testing.T, more int) {
 
 func eventually(t *testing.T, what string, holds func() bool) {
 	t.Helper()
-	for end := time.Now().Add(45 * time.Second); !holds(); time.Sleep(2 * time.Millisecond) {
+	for end := time.Now().Add(20 * time.Second); !holds(); time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("it never came that %s", what)
 		}
@@ -138,23 +138,40 @@ func (l *ledger) check(t *testing.T, dsn string, b *bank) {
 	if len(l.answers) != begun {
 		t.Errorf("%d payments were begun, %d answered", begun, len(l.answers))
 	}
-	for n, told := range l.answers {
-		run, err := l.offices[n%len(l.offices)].payments.Start(t.Context(), keyOf(n), paymentOf(n))
-		if err != nil {
-			t.Errorf("payment %d was answered, and now: %v", n, err)
-			continue
-		}
-		if again, err := run.Wait(t.Context()); err != nil || again != told || !run.Replayed() {
-			t.Errorf("payment %d was %+v, and now is %+v (replayed: %v), %v", n, told, again, run.Replayed(), err)
-		}
+	turns := make(chan int)
+	var askers sync.WaitGroup
+	for range 8 {
+		askers.Go(func() {
+			for n := range turns {
+				l.replays(t, n)
+			}
+		})
 	}
+	for n := range l.answers {
+		turns <- n
+	}
+	close(turns)
+	askers.Wait()
 	if b.tokens() != begun {
 		t.Errorf("of %d payments, the bank has %d", begun, b.tokens())
 	}
 	eachOnce(t, dsn, begun)
 }
 
-// inAllCalls is how often effects were called beyond once per token.
+// replays checks that an office gives an answer again.
+func (l *ledger) replays(t *testing.T, n int) {
+	told := l.answers[n]
+	run, err := l.offices[n%len(l.offices)].payments.Start(t.Context(), keyOf(n), paymentOf(n))
+	if err != nil {
+		t.Errorf("payment %d was answered, and now: %v", n, err)
+		return
+	}
+	if again, err := run.Wait(t.Context()); err != nil || again != told || !run.Replayed() {
+		t.Errorf("payment %d was %+v, and now is %+v (replayed: %v), %v", n, told, again, run.Replayed(), err)
+	}
+}
+
+// repeated is how often effects were called beyond once per token.
 func (b *bank) repeated() (n int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -283,4 +300,12 @@ func report(t *testing.T, took []failover) {
 			t.Logf("%s: median %s, longest %s of %d", c.what, all[len(all)/2], all[len(all)-1], len(all))
 		}
 	}
+}
+
+func codeOf(err error) string {
+	var said *pgconn.PgError
+	if errors.As(err, &said) {
+		return said.Code
+	}
+	return ""
 }
