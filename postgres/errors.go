@@ -12,6 +12,8 @@ import (
 const (
 	serializationFailure = "40001"
 	deadlockDetected     = "40P01"
+	idleTooLong          = "25P03" // idle_in_transaction_session_timeout
+	openTooLong          = "25P04" // transaction_timeout
 	diskFull             = "53100"
 	undefinedTable       = "42P01"
 	invalidSchema        = "3F000"
@@ -42,7 +44,10 @@ func cutOff(err error) bool {
 		return false
 	}
 	c := code(err)
-	if c != "" {
+	switch {
+	case c == idleTooLong || c == openTooLong: // the server ends the connection, too
+		return true
+	case c != "":
 		return c[:2] == "08" || c[:3] == "57P" // connection exceptions; admin_shutdown, crash_shutdown, cannot_connect_now
 	}
 	var refused *pgconn.ConnectError
