@@ -134,7 +134,7 @@ func (s *Store) bears(ctx context.Context, key keystate.Key, nonce []byte) (bool
 	if err != nil {
 		return false, err
 	}
-	defer tx.Rollback(context.WithoutCancel(ctx)) // nothing of this is to stay
+	defer tx.Rollback(context.WithoutCancel(ctx)) // a row that was not there is not to stay
 	tag, err := tx.Exec(ctx, s.sql.settle, []byte(key.ID), []byte(key.Scope))
 	if err != nil {
 		return false, err
@@ -144,7 +144,12 @@ func (s *Store) bears(ctx context.Context, key keystate.Key, nonce []byte) (bool
 	}
 	var found []byte
 	err = tx.QueryRow(ctx, s.sql.nonceOf, []byte(key.ID), []byte(key.Scope)).Scan(&found)
-	return bytes.Equal(found, nonce), err
+	if err != nil || !bytes.Equal(found, nonce) {
+		return false, err
+	}
+	// The row is there, but a synchronous standby may not have it yet: the commit may have been cut off while it waited for that. The lock is
+	// in the log behind it, and its own commit waits for the standby.
+	return true, tx.Commit(ctx)
 }
 
 // View runs fn in a transaction that reads one consistent state.
