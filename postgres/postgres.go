@@ -140,9 +140,24 @@ func (s *Store) Close() error {
 	s.cancel()
 	err := s.leave()
 	if s.owned {
-		s.pool.Close()
+		err = errors.Join(err, s.closePool())
 	}
 	return err
+}
+
+// closePool waits for connections that are out, but not for ever: a commit that does not end has one.
+func (s *Store) closePool() error {
+	closed := make(chan struct{})
+	go func() {
+		s.pool.Close()
+		close(closed)
+	}()
+	select {
+	case <-closed:
+		return nil
+	case <-time.After(farewell):
+		return fmt.Errorf("keystate/postgres: closed although %d connections are in use", s.pool.Stat().AcquiredConns())
+	}
 }
 
 // open says whether the store is.
