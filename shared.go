@@ -61,11 +61,16 @@ func (j *journey[Tx]) attend() error {
 // jittered is a length of 50 % to 150 %.
 func jittered(d time.Duration) time.Duration { return d/2 + rand.N(d) }
 
-// share keeps the engine's lease and takes over what others have left, until the engine closes.
+// share keeps the engine's lease and takes over what others have left, until the engine closes. When leases could not be renewed, the store
+// was away for all: until the next renewal the others have had time to renew theirs, and nobody is taken for gone.
 func (e *Engine[Tx]) share() {
+	renewed := true
 	for open := true; open; {
-		pause := e.renew()
-		e.takeOver()
+		before := renewed
+		var pause time.Duration
+		if pause, renewed = e.renew(); renewed && before {
+			e.takeOver()
+		}
 		open = e.sleep(jittered(pause) * 2 / 3) // of a third of the lease, never more than it
 	}
 }
@@ -73,15 +78,15 @@ func (e *Engine[Tx]) share() {
 const renewAgain = time.Second // when a lease could not be renewed
 
 // renew renews the lease, and says when to do it again.
-func (e *Engine[Tx]) renew() time.Duration {
+func (e *Engine[Tx]) renew() (pause time.Duration, renewed bool) {
 	lease, err := e.shared.Renew(e.ctx)
 	if err != nil {
 		if e.ctx.Err() == nil {
 			e.log.Error("keystate: the lease is not renewed; other engines may take over this one's keys", "error", err)
 		}
-		return renewAgain
+		return renewAgain, false
 	}
-	return lease / 3
+	return lease / 3, true
 }
 
 // takeOver makes keys of engines that are gone its own, no more than it can carry on at a time: others want some, too.
