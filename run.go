@@ -742,6 +742,8 @@ func (t *trip[Tx]) arrivals(end int, state []byte) []event {
 func (t *trip[Tx]) failure(err error) *phaseFailure {
 	var failed *phaseFailure
 	switch {
+	case errors.Is(err, ErrStorageFull): // also where it was a phase's write that found no room
+		return nil
 	case errors.As(err, &failed):
 		return failed
 	case t.at >= 0: // it never came back: runtime.Goexit
