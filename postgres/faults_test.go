@@ -22,7 +22,7 @@ func TestTerminatedBackendsLoseNothingAndRunNothingTwice(t *testing.T) {
 	dsn, b := commonDatabase(t), &bank{}
 	l := besiege(openOffices(t, pgtest.With(dsn, "application_name", "office"), 2, b, postgres.Options{}), 16)
 	ended := 0
-	for range 25 {
+	for range 8 {
 		l.awaitAnswers(t, 10)
 		n, err := pgtest.Terminate(t.Context(), dsn, "office")
 		if err != nil {
