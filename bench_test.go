@@ -546,10 +546,10 @@ func stageInterrupted(tb testing.TB, e *Engine[*bbolt.Tx], keys int) {
 			return Record{}, err
 		}
 		return Record{}.next(
-			event{kind: begin, at: now(), key: Key{Scope: "bench", ID: id}, machine: "order", epoch: e.epoch, state: s,
+			event{kind: begin, at: recorded(time.Now()), key: Key{Scope: "bench", ID: id}, machine: "order", epoch: e.epoch, state: s,
 				fingerprint: print, incarnation: newIncarnation()},
-			event{kind: reach, at: now(), point: "funds_reserved", state: s},
-			event{kind: try, at: now(), point: "payout_sent", sent: true})
+			event{kind: reach, at: recorded(time.Now()), point: "funds_reserved", state: s},
+			event{kind: try, at: recorded(time.Now()), point: "payout_sent", sent: true})
 	})
 }
 
@@ -643,7 +643,7 @@ func finishRandom(tb testing.TB, e *Engine[*bbolt.Tx], keys int) {
 		if err != nil {
 			return Record{}, err
 		}
-		at := now()
+		at := recorded(time.Now())
 		return Record{}.next(
 			event{kind: begin, at: at, key: Key{Scope: "bench", ID: id}, machine: "order", epoch: e.epoch, state: s, incarnation: newIncarnation()},
 			event{kind: reach, at: at, point: "funds_reserved", state: s},

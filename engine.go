@@ -168,6 +168,7 @@ type Engine[Tx any] struct {
 	dueNow     chan struct{}  // holds a token when due may have a key for the engine to take up
 	background sync.WaitGroup // the engine's own goroutines
 	finished   atomic.Int64   // keys finished since the last reaping
+	storeClock atomic.Pointer[reading]
 
 	mu       sync.Mutex
 	closed   bool
@@ -247,6 +248,10 @@ func newEngine[Tx any](store Store[Tx], opts *Options, rules rules[Tx]) (*Engine
 		e.cancel()
 		return nil, err
 	}
+	if err := e.readClock(); err != nil {
+		e.cancel()
+		return nil, err
+	}
 	e.background.Go(e.recover)
 	e.background.Go(e.reapForEver)
 	e.background.Go(e.watch)
@@ -259,8 +264,16 @@ func newEngine[Tx any](store Store[Tx], opts *Options, rules rules[Tx]) (*Engine
 // inCommit marks the context that a Commit gets.
 type inCommit struct{}
 
-// now is the wall clock as records keep it: to the microsecond, in UTC.
-func now() time.Time { return time.Now().Round(0).Truncate(time.Microsecond).UTC() }
+// now is the time as records keep it, to the microsecond and in UTC, by the wall clock, or by the store's where engines share it.
+func (e *Engine[Tx]) now() time.Time {
+	at := time.Now()
+	if c := e.storeClock.Load(); c != nil {
+		at = c.at.Add(at.Sub(c.read))
+	}
+	return recorded(at)
+}
+
+func recorded(at time.Time) time.Time { return at.Round(0).Truncate(time.Microsecond).UTC() }
 
 func newIncarnation() [16]byte { return uuid.New() }
 
@@ -332,10 +345,10 @@ func (e *Engine[Tx]) dismiss(r *run) {
 	delete(e.runs, r.key)
 	switch {
 	case e.shared != nil && errors.Is(r.broken, ErrOutcomeUnknown): // such a store works on: a look will tell what there is
-		e.queueLocked(Record{Key: r.key, Machine: r.machine, Fingerprint: r.print, Due: now().Add(storagePause)})
+		e.queueLocked(Record{Key: r.key, Machine: r.machine, Fingerprint: r.print, Due: e.now().Add(storagePause)})
 	case r.record.Version == 0 || lasting(r.broken): // there is no key, or it is not ours to carry on
 	case r.broken != nil:
-		r.record.Due = now().Add(storagePause)
+		r.record.Due = e.now().Add(storagePause)
 		e.queueLocked(r.record)
 	case r.record.Status == Waiting:
 		e.queueLocked(r.record)

@@ -1299,7 +1299,7 @@ func TestAStateThatDoesNotDecodeParksItsKeyAndNoOther(t *testing.T) {
 		e = open(t, path, nil)
 		err := e.change(ctx, ada, func(r Record) ([]event, error) {
 			fromIsANumber := []byte("\x81\xa4From\x05")
-			return []event{{kind: claim, epoch: r.Epoch}, {kind: act, state: fromIsANumber}, {kind: wait, due: now()}}, nil
+			return []event{{kind: claim, epoch: r.Epoch}, {kind: act, state: fromIsANumber}, {kind: wait, due: recorded(time.Now())}}, nil
 		})
 		if err != nil {
 			t.Fatal(err)
@@ -1862,7 +1862,7 @@ func vanish(t *testing.T, s *boltStore) {
 		if err != nil {
 			return err
 		}
-		if r, err = r.next(event{kind: claim, epoch: r.Epoch}, event{kind: refuse, at: now()}); err != nil {
+		if r, err = r.next(event{kind: claim, epoch: r.Epoch}, event{kind: refuse, at: recorded(time.Now())}); err != nil {
 			return err
 		}
 		return errors.Join(k.Put(&r), k.Delete(r))

@@ -388,7 +388,7 @@ func (m *machine[Tx]) stage(anyTx any, key Key, print [16]byte, request []byte) 
 		return err
 	}
 	r, err := m.engine.rules.next(Record{}, event{
-		kind: stage, at: now(), epoch: m.engine.epoch, key: key, machine: m.name, fingerprint: print, incarnation: newIncarnation(), state: request,
+		kind: stage, at: m.engine.now(), epoch: m.engine.epoch, key: key, machine: m.name, fingerprint: print, incarnation: newIncarnation(), state: request,
 	})
 	if err != nil {
 		return err

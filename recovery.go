@@ -187,7 +187,7 @@ func (m *machine[Tx]) parkStranded(stranded []Record) error {
 	for _, r := range stranded {
 		_, _, cause := m.next(r)
 		err := e.change(e.ctx, r.Key, func(Record) ([]event, error) {
-			return []event{{kind: park, at: now(), reason: UnknownPoint, err: cause.Error()}}, nil
+			return []event{{kind: park, at: e.now(), reason: UnknownPoint, err: cause.Error()}}, nil
 		})
 		if err != nil {
 			return err
@@ -235,7 +235,7 @@ func (e *Engine[Tx]) resumeDue() time.Duration {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	for e.resuming < e.opts.Parallelism && !e.closed {
-		d, in := e.due.pop(time.Now())
+		d, in := e.due.pop(e.now())
 		if d == nil {
 			return in
 		}
@@ -273,7 +273,7 @@ func (e *Engine[Tx]) Retry(ctx context.Context, key Key) error {
 			return nil, fmt.Errorf("keystate: %s is %s, not parked", key, r.Status)
 		}
 		revived = r
-		return []event{{kind: retry, at: now(), epoch: e.epoch, asks: e.asks(r)}}, nil
+		return []event{{kind: retry, at: e.now(), epoch: e.epoch, asks: e.asks(r)}}, nil
 	})
 	if err != nil {
 		return err
@@ -281,7 +281,7 @@ func (e *Engine[Tx]) Retry(ctx context.Context, key Key) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.runs[key] == nil {
-		revived.Due = now()
+		revived.Due = e.now()
 		e.queueLocked(revived)
 	}
 	return nil
@@ -307,7 +307,7 @@ func (e *Engine[Tx]) Abandon(ctx context.Context, key Key, reason string) error 
 			return nil, fmt.Errorf("keystate: %s is %s, not parked", key, r.Status)
 		}
 		ended = r
-		return []event{{kind: abandon, at: now(), point: e.before(r), err: "abandoned: " + reason}}, nil
+		return []event{{kind: abandon, at: e.now(), point: e.before(r), err: "abandoned: " + reason}}, nil
 	})
 	if err == nil {
 		e.log.Warn("keystate: key abandoned", "key", key, "machine", ended.Machine, "reason", reason)
@@ -364,7 +364,7 @@ func (e *Engine[Tx]) reapSome() (pause time.Duration, err error) {
 	if err != nil {
 		return 0, err
 	}
-	at := now()
+	at := e.now()
 	ripe := 0
 	for ripe < len(oldest) && e.rules.expired(oldest[ripe], at, e.opts.Retention) {
 		ripe++

@@ -278,7 +278,7 @@ var errSettled = errors.New("keystate: nothing to resume")
 
 // resumption is what happens to a key that is taken up: it is claimed, or parked for a reason.
 func (j *journey[Tx]) resumption(r Record) ([]event, error) {
-	at := now()
+	at := j.engine.now()
 	events := []event{{kind: claim, at: at, epoch: j.engine.epoch, vacant: j.engine.shared != nil}} // first: a fenced holder must not park a key either
 	parked := func(reason ParkReason, err error) ([]event, error) {
 		return append(events, event{kind: park, at: at, reason: reason, err: err.Error()}), err
@@ -309,7 +309,7 @@ func (j *journey[Tx]) resumption(r Record) ([]event, error) {
 // advance makes one attempt at the next phase, with what follows from it.
 func (j *journey[Tx]) advance() error {
 	if !j.rest() {
-		return j.rewrite(event{kind: release, at: now(), first: j.sent, resend: j.resend})
+		return j.rewrite(event{kind: release, at: j.engine.now(), first: j.sent, resend: j.resend})
 	}
 	i, _, err := j.next(j.record)
 	if err != nil {
@@ -323,7 +323,7 @@ func (j *journey[Tx]) advance() error {
 	if j.resend {
 		sent = time.Time{}
 	}
-	switch j.engine.rules.plan(p, sent, now()) {
+	switch j.engine.rules.plan(p, sent, j.engine.now()) {
 	case dontKnow:
 		return j.stall(Indeterminate, errors.New("the effect may have happened, and must not happen twice"))
 	case forgotten:
@@ -427,7 +427,7 @@ func (j *journey[Tx]) askingFailed(i int, state []byte, err error) error {
 
 func (j *journey[Tx]) failed(i int, p *phase[Tx], state []byte, err error) error {
 	if j.engine.ctx.Err() != nil && !p.decides(err) { // a shutdown is not a failure
-		return j.rewrite(event{kind: release, at: now(), sent: true})
+		return j.rewrite(event{kind: release, at: j.engine.now(), sent: true})
 	}
 	j.err = err
 	v, reason := j.engine.rules.judge(p, err, true, j.record.Attempts, j.inRun)
@@ -442,7 +442,7 @@ func (j *journey[Tx]) failed(i int, p *phase[Tx], state []byte, err error) error
 
 // consequence is what a verdict does to a key whose attempt is counted already.
 func (j *journey[Tx]) consequence(p *phase[Tx], v verdict, reason ParkReason, err error, attempts, inRun int, state []byte) []event {
-	at := now()
+	at := j.engine.now()
 	failed := event{kind: fail, at: at, err: err.Error()}
 	switch v {
 	case refused:
@@ -458,7 +458,7 @@ func (j *journey[Tx]) consequence(p *phase[Tx], v verdict, reason ParkReason, er
 
 func (j *journey[Tx]) stall(reason ParkReason, err error) error {
 	j.err = err
-	return j.rewrite(event{kind: park, at: now(), reason: reason, err: err.Error()})
+	return j.rewrite(event{kind: park, at: j.engine.now(), reason: reason, err: err.Error()})
 }
 
 // rewrite applies events to the key and runs no phase.
@@ -482,7 +482,7 @@ func (j *journey[Tx]) withdraw(why error) error {
 	before, attempts := j.phases[0].to, max(1, j.record.Attempts)
 	if j.record.Version > 0 {
 		err := j.engine.store.Update(context.Background(), func(tx Tx) error {
-			return j.strikeOff(j.engine.store.Keys(tx), event{kind: refuse, at: now(), point: before, err: why.Error()})
+			return j.strikeOff(j.engine.store.Keys(tx), event{kind: refuse, at: j.engine.now(), point: before, err: why.Error()})
 		})
 		if err != nil {
 			return err
@@ -643,7 +643,7 @@ func (t *trip[Tx]) depart() (Record, error) {
 		return t.record, nil
 	}
 	return t.engine.rules.next(Record{}, event{
-		kind: begin, at: now(), key: t.shared.key, machine: t.name, fingerprint: t.shared.print,
+		kind: begin, at: t.engine.now(), key: t.shared.key, machine: t.name, fingerprint: t.shared.print,
 		incarnation: newIncarnation(), epoch: t.engine.epoch, state: t.leg.request,
 	})
 }
@@ -721,7 +721,7 @@ func KeyOf(ctx context.Context) Key {
 
 // arrivals are the events of a leg that ends before phase end: the points reached, and what happens there.
 func (t *trip[Tx]) arrivals(end int, state []byte) []event {
-	at := now()
+	at := t.engine.now()
 	events := make([]event, 0, end-t.leg.from+1+len(t.leg.closing))
 	for i := t.leg.from; i < end; i++ {
 		events = append(events, event{kind: reach, at: at, point: t.phases[i].to, state: state, err: t.leg.ignored[i]})
@@ -778,7 +778,7 @@ func (j *journey[Tx]) amend(l leg, f *phaseFailure) leg {
 	}
 	l.stop, l.closing = f.phase, j.consequence(p, v, reason, f.err, attempts, inRun, f.state)
 	if !counted {
-		l.closing = append([]event{p.try(now())}, l.closing...)
+		l.closing = append([]event{p.try(j.engine.now())}, l.closing...)
 	}
 	return l
 }

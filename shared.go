@@ -1,6 +1,7 @@
 package keystate
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -61,32 +62,58 @@ func (j *journey[Tx]) attend() error {
 // jittered is a length of 50 % to 150 %.
 func jittered(d time.Duration) time.Duration { return d/2 + rand.N(d) }
 
-// share keeps the engine's lease and takes over what others have left, until the engine closes. When leases could not be renewed, the store
-// was away for all: until the next renewal the others have had time to renew theirs, and nobody is taken for gone.
+// share keeps the engine's lease and takes over what others have left, until the engine closes. When the lease could not be renewed, the store
+// was perhaps away for all of them: for as long as a lease, the others then have time to renew theirs, and nobody is taken for gone.
 func (e *Engine[Tx]) share() {
-	renewed := true
+	var lease time.Duration
+	var away bool
+	var spare time.Time // until when nobody is taken for gone
 	for open := true; open; {
-		before := renewed
-		var pause time.Duration
-		if pause, renewed = e.renew(); renewed && before {
-			e.takeOver()
+		pause := min(cmp.Or(lease/3, renewAgain), renewAgain)
+		if held, err := e.renew(); err != nil {
+			away = true
+		} else {
+			lease, pause = held, held/3
+			if away {
+				away, spare = false, time.Now().Add(lease)
+			}
+			if !time.Now().Before(spare) {
+				e.takeOver()
+			}
 		}
 		open = e.sleep(jittered(pause) * 2 / 3) // of a third of the lease, never more than it
 	}
 }
 
-const renewAgain = time.Second // when a lease could not be renewed
+const renewAgain = time.Second // when a lease could not be renewed, at the latest
 
-// renew renews the lease, and says when to do it again.
-func (e *Engine[Tx]) renew() (pause time.Duration, renewed bool) {
-	lease, err := e.shared.Renew(e.ctx)
-	if err != nil {
-		if e.ctx.Err() == nil {
-			e.log.Error("keystate: the lease is not renewed; other engines may take over this one's keys", "error", err)
-		}
-		return renewAgain, false
+// renew renews the lease, and reads the store's clock.
+func (e *Engine[Tx]) renew() (lease time.Duration, err error) {
+	lease, err = e.shared.Renew(e.ctx)
+	if err == nil {
+		err = e.readClock()
 	}
-	return lease / 3, true
+	if err != nil && e.ctx.Err() == nil {
+		e.log.Error("keystate: the lease is not renewed; other engines may take over this one's keys", "error", err)
+	}
+	return lease, err
+}
+
+// A reading is the store's time, and the engine's own when it was read; from there on a monotonic clock counts.
+type reading struct{ at, read time.Time }
+
+// readClock sets the engine's clock by the store's, if that has one.
+func (e *Engine[Tx]) readClock() error {
+	t, ok := e.store.(timekeeper)
+	if !ok {
+		return nil
+	}
+	asked := time.Now()
+	at, err := t.Now(e.ctx)
+	if err == nil {
+		e.storeClock.Store(&reading{at: at, read: asked.Add(time.Since(asked) / 2)})
+	}
+	return err
 }
 
 // takeOver makes keys of engines that are gone its own, no more than it can carry on at a time: others want some, too.
@@ -120,7 +147,7 @@ func (e *Engine[Tx]) takeOver() {
 func (e *Engine[Tx]) capacity() (machines []string, room int) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	room = e.opts.Parallelism - e.resuming - e.due.ready(time.Now())
+	room = e.opts.Parallelism - e.resuming - e.due.ready(e.now())
 	return slices.Sorted(maps.Keys(e.machines)), room
 }
 

@@ -116,6 +116,11 @@ type (
 		Get(ctx context.Context, key Key) (Record, error)
 	}
 
+	// A timekeeper has a clock of its own, by which all engines on it go: theirs may be hours apart.
+	timekeeper interface {
+		Now(ctx context.Context) (time.Time, error)
+	}
+
 	// A parter stores a record as [Keys.Put] does, as the last thing that a transaction does, in one go with its commit. Where Put
 	// would return [ErrFenced], Update does. The record's Sequence is not told.
 	parter interface {

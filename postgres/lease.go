@@ -42,6 +42,12 @@ func (s *Store) Renew(ctx context.Context) (time.Duration, error) {
 	return s.options.Lease, s.meaning(err)
 }
 
+// Now is the server's time. It is not asked for again when the server is away: the lease comes first.
+func (s *Store) Now(ctx context.Context) (at time.Time, err error) {
+	err = s.pool.QueryRow(ctx, s.sql.now).Scan(&at)
+	return at, s.meaning(err)
+}
+
 // Alive says whether the lease of an epoch's boot still holds.
 func (s *Store) Alive(tx pgx.Tx, epoch uint64) (bool, error) {
 	t, ok := tx.(*txn)

@@ -129,7 +129,7 @@ func (t tables) index(name string) string {
 // statements are all that is said to the server.
 type statements struct {
 	found, boot, enter         string // the store's row; a boot
-	renew, leave, alive        string // its lease
+	renew, leave, alive, now   string // its lease
 	get, insert, update, erase string // a record
 	insertLast, updateLast     string // … as a transaction commits
 	unfinished, finished       string // pages
@@ -157,6 +157,8 @@ func statementsFor(o Options) statements {
 		renew: sql(`INSERT INTO BOOTS (epoch, alive_until) VALUES ($1, CLOCK + $2::bigint * interval '1 microsecond') ON CONFLICT (epoch) DO UPDATE SET alive_until = excluded.alive_until`),
 		leave: sql(`DELETE FROM BOOTS WHERE epoch = $1`),
 		alive: sql(`SELECT count(*) FROM BOOTS WHERE epoch = $1 AND alive_until > CLOCK`),
+
+		now: sql(`SELECT CLOCK`),
 
 		get: sql(`SELECT COLUMNS FROM KEYS WHERE id = $1 AND scope = $2`),
 		insert: sql(`INSERT INTO KEYS (id, scope, machine, status, incarnation, version, epoch, finished, nonce, record)
