@@ -2,10 +2,14 @@ module example.com/keystate/postgres
 
 go 1.26
 
-replace example.com/keystate => ..
+replace (
+	example.com/keystate => ..
+	example.com/keystate/internal/pgtest => ../internal/pgtest
+)
 
 require (
 	example.com/keystate v0.0.0-00010101000000-000000000000
+	example.com/keystate/internal/pgtest v0.0.0-00010101000000-000000000000
 	github.com/cenkalti/backoff/v5 v5.0.3
 	github.com/jackc/pgx/v5 v5.12.0
 	go.etcd.io/bbolt v1.5.0

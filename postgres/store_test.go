@@ -8,9 +8,9 @@ import (
 	"testing"
 
 	"example.com/keystate"
+	"example.com/keystate/internal/pgtest"
 	"example.com/keystate/keytest"
 	"example.com/keystate/postgres"
-	"example.com/keystate/postgres/internal/pgtest"
 	"github.com/jackc/pgx/v5"
 )
 

@@ -9,7 +9,7 @@ import (
 	"time"
 
 	"example.com/keystate"
-	"example.com/keystate/postgres/internal/pgtest"
+	"example.com/keystate/internal/pgtest"
 	"github.com/jackc/pgx/v5"
 )
 

@@ -5,7 +5,7 @@ import (
 	"testing"
 
 	"example.com/keystate"
-	"example.com/keystate/postgres/internal/pgtest"
+	"example.com/keystate/internal/pgtest"
 )
 
 // What is measured must be the whole request: both business writes once, and the same answer when the key comes again.

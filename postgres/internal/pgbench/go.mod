@@ -4,15 +4,16 @@ go 1.26
 
 require (
 	example.com/keystate v0.0.0
+	example.com/keystate/internal/pgtest v0.0.0-00010101000000-000000000000
 	example.com/keystate/postgres v0.0.0
 	github.com/dbos-inc/dbos-transact-golang v1.8.0
+	github.com/google/uuid v1.6.0
 	github.com/jackc/pgx/v5 v5.12.0
 	github.com/vmihailenco/msgpack/v5 v5.4.1
 )
 
 require (
 	github.com/cenkalti/backoff/v5 v5.0.3 // indirect
-	github.com/google/uuid v1.6.0 // indirect
 	github.com/jackc/pgerrcode v0.0.0-20250907135507-afb5586c32a6 // indirect
 	github.com/jackc/pgpassfile v1.0.0 // indirect
 	github.com/jackc/pgservicefile v0.0.0-20240606120523-5a60cdf6a761 // indirect
@@ -27,5 +28,6 @@ require (
 
 replace (
 	example.com/keystate => ../../..
+	example.com/keystate/internal/pgtest => ../../../internal/pgtest
 	example.com/keystate/postgres => ../..
 )

@@ -9,7 +9,7 @@ import (
 	"strings"
 	"testing"
 
-	"example.com/keystate/postgres/internal/pgtest"
+	"example.com/keystate/internal/pgtest"
 	"github.com/jackc/pgx/v5"
 )
 

@@ -7,7 +7,7 @@ import (
 	"testing"
 	"time"
 
-	"example.com/keystate/postgres/internal/pgtest"
+	"example.com/keystate/internal/pgtest"
 )
 
 // BenchmarkSideBySide makes the three-phase request with all contenders, in turns, at several numbers of callers, on one server, and prints
