@@ -49,7 +49,7 @@ func (s *service) register(ctx context.Context, calls *processor.Client, left *l
 	if err := left.find(ctx, s.engine); err != nil {
 		return err
 	}
-	teller, err := money.NewTeller(s.engine, calls, money.Patience{Timeout: s.timeout, Retry: patience})
+	teller, err := money.NewTeller(s.engine, money.Buckets{}, calls, money.Patience{Timeout: s.timeout, Retry: patience})
 	if err != nil {
 		return err
 	}

@@ -13,7 +13,6 @@ import (
 	"example.com/keystate"
 	"example.com/keystate/examples/internal/money"
 	"example.com/keystate/examples/internal/processor"
-	"go.etcd.io/bbolt"
 )
 
 // Books are a store's books, and what is left to do in it.
@@ -22,7 +21,7 @@ type Books struct {
 	Unfinished, Parked uint64
 }
 
-// ReadBooks reads a store that no program has open. Where there is none yet, the books are as on the first day.
+// ReadBooks reads a bbolt file that no program has open. Where there is none yet, the books are as on the first day.
 func ReadBooks(ctx context.Context, store string) (b Books, err error) {
 	if _, err := os.Stat(store); errors.Is(err, os.ErrNotExist) {
 		return Books{Books: money.Books{Accounts: money.OpeningBalances}}, nil
@@ -31,14 +30,19 @@ func ReadBooks(ctx context.Context, store string) (b Books, err error) {
 	if err != nil {
 		return b, err
 	}
+	return Look(ctx, engine, money.Buckets{})
+}
+
+// Look reads the books of an engine's store, and closes the engine.
+func Look[Tx any](ctx context.Context, engine *keystate.Engine[Tx], tables money.Tables[Tx]) (b Books, err error) {
 	defer func() { err = errors.Join(err, engine.Close()) }()
 	stats, err := engine.Stats(ctx)
 	if err != nil {
 		return b, err
 	}
 	b.Unfinished, b.Parked = stats.Running+stats.Waiting, stats.Parked
-	err = engine.View(ctx, func(tx *bbolt.Tx) (err error) {
-		b.Books, err = money.ReadBooks(tx)
+	err = engine.View(ctx, func(tx Tx) (err error) {
+		b.Books, err = tables.Read(ctx, tx)
 		return err
 	})
 	return b, err

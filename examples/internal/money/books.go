@@ -1,21 +1,35 @@
 package money
 
 import (
-	"encoding/json"
-	"errors"
+	"context"
 	"fmt"
-	"strconv"
-
-	"go.etcd.io/bbolt"
 )
 
-// The program's own buckets, in the same file as the keys.
-var (
-	accountsBucket  = []byte("accounts")  // name → cents
-	reservedBucket  = []byte("reserved")  // transfer → cents that are neither the payer's nor the payee's
-	transfersBucket = []byte("transfers") // transfer → the Transfer as the last commit left it; a refused one leaves none
-	receiptsBucket  = []byte("receipts")  // transfer → the processor's receipt
-)
+// Tables are the program's own, in the same store as the keys: in a bbolt file they are [Buckets].
+type Tables[Tx any] interface {
+	// Create makes them, with the opening balances, unless they are there.
+	Create(ctx context.Context, tx Tx) error
+
+	// In opens the books in a transaction, and only until it ends.
+	In(ctx context.Context, tx Tx) OpenBooks
+
+	// Read reads all of them.
+	Read(ctx context.Context, tx Tx) (Books, error)
+}
+
+// OpenBooks are what the phases read and write in one transaction. Amounts are in cents.
+type OpenBooks interface {
+	Balance(account string) (amount int64, known bool, err error)
+	SetBalance(account string, amount int64) error
+
+	// What is reserved for a transfer is neither the payer's nor the payee's.
+	Reserved(transfer string) (amount int64, some bool, err error)
+	Reserve(transfer string, amount int64) error
+	Unreserve(transfer string) error
+
+	PutTransfer(Transfer) error
+	PutReceipt(transfer, number string) error
+}
 
 // OpeningBalances are the accounts and what is in them on the first day, in cents.
 var OpeningBalances = map[string]int64{
@@ -26,65 +40,12 @@ var OpeningBalances = map[string]int64{
 	"declined@closed.example": 0,
 }
 
-// OpenAccounts makes the program's buckets, with the opening balances, unless they are there.
-func OpenAccounts(tx *bbolt.Tx) error {
-	if tx.Bucket(accountsBucket) != nil {
-		return nil
-	}
-	for _, name := range [][]byte{accountsBucket, reservedBucket, transfersBucket, receiptsBucket} {
-		if _, err := tx.CreateBucket(name); err != nil {
-			return err
-		}
-	}
-	for name, balance := range OpeningBalances {
-		if err := putCents(tx.Bucket(accountsBucket), name, balance); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// Balance is what is in an account.
-func Balance(tx *bbolt.Tx, account string) (amount int64, ok bool) {
-	return cents(tx.Bucket(accountsBucket), account)
-}
-
-// Find returns the transfer with an ID as it stands.
-func Find(tx *bbolt.Tx, id string) (t Transfer, ok bool, err error) {
-	text := tx.Bucket(transfersBucket).Get([]byte(id))
-	if text == nil {
-		return t, false, nil
-	}
-	err = json.Unmarshal(text, &t)
-	return t, err == nil, err
-}
-
-// Books are all that the program's buckets hold.
+// Books are all that the program's tables hold.
 type Books struct {
 	Accounts  map[string]int64
 	Reserved  map[string]int64
 	Transfers map[string]Transfer
 	Receipts  map[string]string
-}
-
-// ReadBooks reads the buckets. Where there are none yet, the books are as on the first day.
-func ReadBooks(tx *bbolt.Tx) (Books, error) {
-	if tx.Bucket(accountsBucket) == nil {
-		return Books{Accounts: OpeningBalances}, nil
-	}
-	b := Books{map[string]int64{}, map[string]int64{}, map[string]Transfer{}, map[string]string{}}
-	return b, errors.Join(
-		amounts(tx.Bucket(accountsBucket), b.Accounts),
-		amounts(tx.Bucket(reservedBucket), b.Reserved),
-		tx.Bucket(transfersBucket).ForEach(func(id, _ []byte) (err error) {
-			b.Transfers[string(id)], _, err = Find(tx, string(id))
-			return err
-		}),
-		tx.Bucket(receiptsBucket).ForEach(func(id, number []byte) error {
-			b.Receipts[string(id)] = string(number)
-			return nil
-		}),
-	)
 }
 
 // Sum is all the money there is.
@@ -95,39 +56,6 @@ func (b Books) Sum() (total int64) {
 		}
 	}
 	return total
-}
-
-func amounts(b *bbolt.Bucket, into map[string]int64) error {
-	return b.ForEach(func(name, text []byte) error {
-		amount, ok := cents(b, string(name))
-		if !ok {
-			return fmt.Errorf("%q has %q cents", name, text)
-		}
-		into[string(name)] = amount
-		return nil
-	})
-}
-
-func putTransfer(tx *bbolt.Tx, t *Transfer) error {
-	text, err := json.Marshal(t)
-	if err != nil {
-		return err
-	}
-	return tx.Bucket(transfersBucket).Put([]byte(t.ID), text)
-}
-
-// cents reads an amount. Amounts are kept as decimal text.
-func cents(b *bbolt.Bucket, name string) (amount int64, ok bool) {
-	text := b.Get([]byte(name))
-	if text == nil {
-		return 0, false
-	}
-	amount, err := strconv.ParseInt(string(text), 10, 64)
-	return amount, err == nil
-}
-
-func putCents(b *bbolt.Bucket, name string, amount int64) error {
-	return b.Put([]byte(name), strconv.AppendInt(nil, amount, 10))
 }
 
 // Text writes an amount as people do.

@@ -56,7 +56,7 @@ func transferCase(t *testing.T, request money.Transfer) keytest.Case[*bbolt.Tx, 
 	processing := &processor.Client{URL: "http://processor", HTTP: http.Client{Transport: directLine{p.Handler()}}}
 	return keytest.Case[*bbolt.Tx, money.Transfer]{
 		Phases: func(e *keystate.Engine[*bbolt.Tx]) []keystate.Phase[*bbolt.Tx, money.Transfer] {
-			teller, err := money.NewTeller(e, processing, impatient)
+			teller, err := money.NewTeller(e, money.Buckets{}, processing, impatient)
 			if err != nil {
 				t.Fatal(err)
 			}

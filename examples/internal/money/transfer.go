@@ -1,6 +1,10 @@
 // Package money is what a program that uses keystate writes: the request, its phases, and what each of them does. It moves money
-// between two accounts through a payment processor, and leaves a receipt. Two programs run it: examples/transfer, whose workers are
-// killed, and examples/payments, which is an HTTP service.
+// between two accounts through a payment processor, and leaves a receipt. Programs that run it: examples/transfer, whose workers are
+// killed, on a file and on PostgreSQL, and examples/payments, which is an HTTP service.
+//
+//	transfer.go  the phases
+//	books.go     what they write to
+//	buckets.go   the same in a bbolt file
 package money
 
 import (
@@ -11,7 +15,6 @@ import (
 
 	"example.com/keystate"
 	"example.com/keystate/examples/internal/processor"
-	"go.etcd.io/bbolt"
 )
 
 // A Transfer is a request to move money and, as its phases fill it in, the answer.
@@ -42,8 +45,10 @@ type Receipt struct {
 	Number string // filled in by the effect
 }
 
-// A Teller knows where the processor is, and what to stage when a transfer is paid.
-type Teller struct {
+// A Teller knows where the books and the processor are, and what to stage when a transfer is paid. Tx is the store's transaction: a
+// program that has one store writes *bbolt.Tx or pgx.Tx in its place.
+type Teller[Tx any] struct {
+	books     Tables[Tx]
 	processor *processor.Client
 	patience  Patience
 	receipts  *keystate.Machine[Receipt]
@@ -57,25 +62,25 @@ type Patience struct {
 
 // NewTeller registers the machine of the receipts. That of the transfers is for the program to register, after it: a
 // transfer that an earlier process left unfinished stages its receipt as soon as it goes on.
-func NewTeller(e *keystate.Engine[*bbolt.Tx], c *processor.Client, p Patience) (t *Teller, err error) {
-	t = &Teller{processor: c, patience: p}
+func NewTeller[Tx any](e *keystate.Engine[Tx], books Tables[Tx], c *processor.Client, p Patience) (t *Teller[Tx], err error) {
+	t = &Teller[Tx]{books: books, processor: c, patience: p}
 	t.receipts, err = keystate.Register(e, "receipt", t.receiptPhases())
 	return t, err
 }
 
 // Phases carry a transfer from its request to its answer. What is written in them, with the recovery point and the
 // state, is one transaction; what is sent in them is sent with the same token however often it takes.
-func (t *Teller) Phases() []keystate.Phase[*bbolt.Tx, Transfer] {
-	return []keystate.Phase[*bbolt.Tx, Transfer]{
-		{To: "funds_reserved", Commit: reserveFunds},
-		{To: "payout_sent", Effect: t.sendPayout, Commit: recordPayout, Timeout: t.patience.Timeout, Retry: t.patience.Retry},
+func (t *Teller[Tx]) Phases() []keystate.Phase[Tx, Transfer] {
+	return []keystate.Phase[Tx, Transfer]{
+		{To: "funds_reserved", Commit: t.reserveFunds},
+		{To: "payout_sent", Effect: t.sendPayout, Commit: t.recordPayout, Timeout: t.patience.Timeout, Retry: t.patience.Retry},
 		{To: keystate.Finished, Commit: t.settle},
 	}
 }
 
-func (t *Teller) receiptPhases() []keystate.Phase[*bbolt.Tx, Receipt] {
-	return []keystate.Phase[*bbolt.Tx, Receipt]{
-		{To: keystate.Finished, Effect: t.sendReceipt, Commit: recordReceipt, Timeout: t.patience.Timeout, Retry: t.patience.Retry},
+func (t *Teller[Tx]) receiptPhases() []keystate.Phase[Tx, Receipt] {
+	return []keystate.Phase[Tx, Receipt]{
+		{To: keystate.Finished, Effect: t.sendReceipt, Commit: t.recordReceipt, Timeout: t.patience.Timeout, Retry: t.patience.Retry},
 	}
 }
 
@@ -96,33 +101,38 @@ func (e *UnknownAccountError) Error() string { return fmt.Sprintf("unknown accou
 
 // reserveFunds takes the money out of the payer's account. Nothing has happened in the world yet, so what speaks
 // against the transfer is final: Final undoes this phase's writes, and the reason is the answer.
-func reserveFunds(_ context.Context, tx *bbolt.Tx, t *Transfer) error {
-	accounts := tx.Bucket(accountsBucket)
-	balance, payerKnown := cents(accounts, t.From)
-	_, payeeKnown := cents(accounts, t.To)
+func (t *Teller[Tx]) reserveFunds(ctx context.Context, tx Tx, s *Transfer) error {
+	books := t.books.In(ctx, tx)
+	balance, payerKnown, err := books.Balance(s.From)
+	if err != nil {
+		return err
+	}
+	_, payeeKnown, err := books.Balance(s.To)
 	switch {
-	case t.Cents <= 0:
+	case err != nil:
+		return err
+	case s.Cents <= 0:
 		return keystate.Final(ErrAmount)
-	case t.From == t.To:
+	case s.From == s.To:
 		return keystate.Final(ErrSamePayee)
 	case !payerKnown:
-		return keystate.Final(&UnknownAccountError{t.From})
+		return keystate.Final(&UnknownAccountError{s.From})
 	case !payeeKnown:
-		return keystate.Final(&UnknownAccountError{t.To})
-	case balance < t.Cents:
+		return keystate.Final(&UnknownAccountError{s.To})
+	case balance < s.Cents:
 		return keystate.Final(ErrInsufficientFunds)
 	}
-	t.Status = Pending
+	s.Status = Pending
 	return errors.Join(
-		putCents(accounts, t.From, balance-t.Cents),
-		putCents(tx.Bucket(reservedBucket), t.ID, t.Cents),
-		putTransfer(tx, t),
+		books.SetBalance(s.From, balance-s.Cents),
+		books.Reserve(s.ID, s.Cents),
+		books.PutTransfer(*s),
 	)
 }
 
 // sendPayout lets the processor pay. A decline is not an error here: Final would end the key on the spot, with the
 // funds reserved for ever. It is an outcome, which settle acts upon.
-func (t *Teller) sendPayout(ctx context.Context, token string, s *Transfer) error {
+func (t *Teller[Tx]) sendPayout(ctx context.Context, token string, s *Transfer) error {
 	id, err := t.processor.Pay(ctx, token, processor.Order{Reference: s.ID, From: s.From, To: s.To, Cents: s.Cents})
 	if declined := (*processor.DeclinedError)(nil); errors.As(err, &declined) {
 		s.Declined = declined.Reason
@@ -132,20 +142,21 @@ func (t *Teller) sendPayout(ctx context.Context, token string, s *Transfer) erro
 	return err
 }
 
-func recordPayout(_ context.Context, tx *bbolt.Tx, t *Transfer) error {
-	return putTransfer(tx, t)
+func (t *Teller[Tx]) recordPayout(ctx context.Context, tx Tx, s *Transfer) error {
+	return t.books.In(ctx, tx).PutTransfer(*s)
 }
 
 // settle gives the reserved money to whom it belongs now, and stages the receipt: there will be one exactly if this commits.
-func (t *Teller) settle(_ context.Context, tx *bbolt.Tx, s *Transfer) error {
+func (t *Teller[Tx]) settle(ctx context.Context, tx Tx, s *Transfer) error {
+	books := t.books.In(ctx, tx)
 	if s.Declined != "" {
 		s.Status = Declined
-		return errors.Join(release(tx, s.ID, s.From), putTransfer(tx, s))
+		return errors.Join(release(books, s.ID, s.From), books.PutTransfer(*s))
 	}
 	s.Status = Paid
 	return errors.Join(
-		release(tx, s.ID, s.To),
-		putTransfer(tx, s),
+		release(books, s.ID, s.To),
+		books.PutTransfer(*s),
 		keystate.Stage(tx, t.receipts, receiptKey(s.ID), Receipt{
 			Transfer: s.ID, From: s.From, To: s.To, Cents: s.Cents, Payout: s.Payout,
 		}),
@@ -153,26 +164,31 @@ func (t *Teller) settle(_ context.Context, tx *bbolt.Tx, s *Transfer) error {
 }
 
 // release moves what is reserved for a transfer to an account.
-func release(tx *bbolt.Tx, id, account string) error {
-	accounts, reserved := tx.Bucket(accountsBucket), tx.Bucket(reservedBucket)
-	held, ok := cents(reserved, id)
+func release(books OpenBooks, id, account string) error {
+	held, ok, err := books.Reserved(id)
+	if err != nil {
+		return err
+	}
 	if !ok {
 		return fmt.Errorf("nothing is reserved for %s", id)
 	}
-	balance, _ := cents(accounts, account)
+	balance, _, err := books.Balance(account)
+	if err != nil {
+		return err
+	}
 	return errors.Join(
-		reserved.Delete([]byte(id)),
-		putCents(accounts, account, balance+held),
+		books.Unreserve(id),
+		books.SetBalance(account, balance+held),
 	)
 }
 
-func (t *Teller) sendReceipt(ctx context.Context, token string, r *Receipt) (err error) {
+func (t *Teller[Tx]) sendReceipt(ctx context.Context, token string, r *Receipt) (err error) {
 	r.Number, err = t.processor.Deliver(ctx, token, processor.Order{
 		Reference: r.Transfer, From: r.From, To: r.To, Cents: r.Cents, Payout: r.Payout,
 	})
 	return err
 }
 
-func recordReceipt(_ context.Context, tx *bbolt.Tx, r *Receipt) error {
-	return tx.Bucket(receiptsBucket).Put([]byte(r.Transfer), []byte(r.Number))
+func (t *Teller[Tx]) recordReceipt(ctx context.Context, tx Tx, r *Receipt) error {
+	return t.books.In(ctx, tx).PutReceipt(r.Transfer, r.Number)
 }
