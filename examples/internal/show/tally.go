@@ -1,4 +1,4 @@
-package main
+package show
 
 import (
 	"fmt"
@@ -12,37 +12,39 @@ import (
 	"example.com/keystate/examples/internal/processor"
 )
 
-// This file is the count at the end: the answers against the requests, and all of it against the ledger and the books.
-
-// A tally is what the show has come to.
-type tally struct {
+// A Tally is what the show has come to: the answers are held against the requests, and all of it against the ledger and the books.
+type Tally struct {
 	audit.Count
-	requests, killed int
-	resumed          map[string]bool
-	answers          map[int]answer     // by line, as the last worker gave them
-	given            map[request]answer // definite answers as they were given first, in this run or an earlier one
-	lost             map[int]string     // by line: answers that were given and then differed, or never came again
-	calls            processor.Counts
-	settledBefore    bool // all that was asked had been answered, and done, when the show began
+	Requests  int
+	Desks     int // workers at a time
+	Killed    int
+	Dismissed int
+	Answers   map[int]answer // by line, as the last workers gave them
+	Calls     processor.Counts
+
+	resumed       map[string]bool
+	given         map[request]answer // definite answers as they were given first, in this run or an earlier one
+	lost          map[int]string     // by line: answers that were given and then differed, or never came again
+	settledBefore bool               // all that was asked had been answered, and done, when the show began
 }
 
 // judge counts, and collects what is wrong.
-func (t *tally) judge(lines []line) {
+func (t *Tally) judge(lines []line) {
 	t.judgeAnswers(lines)
 	t.Judge()
 	for _, n := range slices.Sorted(maps.Keys(t.lost)) {
 		t.Fault("line %d %s", n, t.lost[n])
 	}
-	if n := t.calls.Refused; n > 0 {
+	if n := t.Calls.Refused; n > 0 {
 		t.Fault("a token was used for another order %d times", n)
 	}
-	if t.settledBefore && t.calls.Calls > 0 {
-		t.Fault("everything had its answer before, and the processor was called %d times", t.calls.Calls)
+	if t.settledBefore && t.Calls.Calls > 0 {
+		t.Fault("everything had its answer before, and the processor was called %d times", t.Calls.Calls)
 	}
 }
 
 // judgeAnswers holds the answers against the requests, and finds what must have been paid.
-func (t *tally) judgeAnswers(lines []line) {
+func (t *Tally) judgeAnswers(lines []line) {
 	uses := map[string]map[request]bool{} // of each key
 	note := func(r request) {
 		if uses[r.Key] == nil {
@@ -52,7 +54,7 @@ func (t *tally) judgeAnswers(lines []line) {
 	}
 	for _, l := range lines {
 		note(l.request)
-		a, ok := t.answers[l.number]
+		a, ok := t.Answers[l.number]
 		switch {
 		case !ok:
 			t.Fault("line %d has no answer", l.number)
@@ -104,10 +106,10 @@ func unpayable(r request) string {
 	return processor.Decline(processor.Payout, processor.Order{To: r.To, Cents: r.Cents})
 }
 
-// print writes the table.
-func (t *tally) print(w io.Writer) {
+// Print writes the table.
+func (t *Tally) Print(w io.Writer) {
 	statuses := map[string]int{}
-	for _, a := range t.answers {
+	for _, a := range t.Answers {
 		statuses[a.Status]++
 	}
 	var kinds []string
@@ -116,15 +118,11 @@ func (t *tally) print(w io.Writer) {
 			kinds = append(kinds, fmt.Sprintf("%d %s", n, s))
 		}
 	}
-	c := t.calls
-	for _, r := range []struct {
-		name   string
-		value  any
-		remark string
-	}{
-		{"requests", t.requests, ""},
-		{"answers", len(t.answers), strings.Join(kinds, ", ")},
-		{"kills", t.killed, ""},
+	c := t.Calls
+	rows := []row{
+		{"requests", t.Requests, ""},
+		{"answers", len(t.Answers), strings.Join(kinds, ", ")},
+		{"kills", t.Killed, t.crowd()},
 		{"resumed keys", len(t.resumed), ""},
 		{"processor calls", c.Calls, fmt.Sprintf("%d answers lost, %d timed out, %d failed, %d replayed", c.Lost, c.Slow, c.Failed, c.Replays)},
 		{"payouts", t.Payouts.Entries, ""},
@@ -136,7 +134,23 @@ func (t *tally) print(w io.Writer) {
 		{"lost answers", len(t.lost), ""},
 		{"money before", money.Text(t.Before.Sum()), ""},
 		{"money after", money.Text(t.After.Sum()), ""},
-	} {
+	}
+	for _, r := range rows {
 		fmt.Fprintln(w, strings.TrimRight(fmt.Sprintf("%-20s %12v   %s", r.name, r.value, r.remark), " "))
 	}
+}
+
+// A row is one line of the table.
+type row struct {
+	name   string
+	value  any
+	remark string
+}
+
+// crowd says of the kills, where there were several workers, how many, and how many were told to end.
+func (t *Tally) crowd() string {
+	if t.Desks == 1 && t.Dismissed == 0 {
+		return ""
+	}
+	return fmt.Sprintf("of %d workers at a time; %d more said goodbye", t.Desks, t.Dismissed)
 }

@@ -1,15 +1,11 @@
-package main
+package show
 
 import (
-	"bufio"
 	"encoding/json"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"strings"
 )
-
-//go:generate go run . generate transfers.jsonl
 
 // people are who pays and gets paid in the generated file; grace and declined@closed.example have parts of their own.
 var people = []string{
@@ -19,8 +15,8 @@ var people = []string{
 
 const generated = 1000 // lines
 
-// generate writes the file of transfers. It is the same every time.
-func generate(w io.Writer) error {
+// Transfers are the file that comes with the programs, made anew. It is the same every time.
+func Transfers() []byte {
 	rng := rand.New(rand.NewPCG(1, 2))
 	var lines []string
 	var asked []request
@@ -79,9 +75,5 @@ func generate(w io.Writer) error {
 		add(r)
 		asked = append(asked, r)
 	}
-	b := bufio.NewWriter(w)
-	for _, l := range lines {
-		fmt.Fprintln(b, l)
-	}
-	return b.Flush()
+	return []byte(strings.Join(lines, "\n") + "\n")
 }
