@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -61,17 +62,17 @@ func (s *show) workers(ctx context.Context) error {
 func (s *show) serve(ctx context.Context, desk int) error {
 	for {
 		l := s.begin(desk)
-		if err := s.live(ctx, l); err != nil || l.fate == spared {
+		spared := len(l.blows) == 0
+		if err := s.live(ctx, l); err != nil || spared {
 			return err
 		}
-		s.count(l.fate)
 	}
 }
 
 // A life is one worker's.
 type life struct {
 	desk    int
-	fate    fate
+	blows   []blow         // that are to come; who is spared has none
 	dealt   int            // how many lines it is asked
 	enough  int            // when so many lines have been answered, it may be ended
 	answers map[int]answer // that it gave
@@ -79,13 +80,14 @@ type life struct {
 	lit     <-chan time.Time
 }
 
-// A fate is how a life ends.
-type fate int
+// A blow is what is done to a worker.
+type blow int
 
 const (
-	spared    fate = iota // when there is nothing left to do
-	killed                // with SIGKILL
-	dismissed             // as an operator would: it says goodbye
+	kill    blow = iota // with SIGKILL
+	dismiss             // as an operator would: it ends, and says goodbye
+	suspend             // for longer than its lease: others take over what it holds, and it does not know
+	wake
 )
 
 // Of the moments at which a worker is ended.
@@ -94,6 +96,8 @@ const (
 	earlyFuse    = 40 * time.Millisecond // at the latest then, from its start
 	fuse         = 20 * time.Millisecond // at the latest, from when it has got as far as it was to get
 	dismissEvery = 4                     // where there are several workers, one is dismissed after so many kills
+	suspendEvery = 3                     // one in so many of these was suspended before
+	awake        = 10 * fuse             // at the latest it is ended then, from when it goes on
 )
 
 // begin draws a life for a desk. The ends are spread over the file: a worker that is doomed is ended a random moment after a random
@@ -107,16 +111,12 @@ func (s *show) begin(desk int) *life {
 		ends += s.Kills / dismissEvery
 	}
 	l.dealt = len(deal(s.lines, desk, s.Workers))
-	switch {
-	case s.doomed == ends:
+	if s.doomed == ends {
 		l.dealt = len(s.lines)
 		s.last = append(s.last, l)
 		return l
-	case s.stage.several() && (s.doomed+1)%(dismissEvery+1) == 0:
-		l.fate = dismissed
-	default:
-		l.fate = killed
 	}
+	l.blows = s.blows(s.doomed + 1)
 	share := (s.Requests - len(s.seen)) * s.Workers / (ends - s.doomed + 1)
 	s.doomed++
 	l.enough = len(s.seen) + s.rng.IntN(2*share+1)
@@ -126,12 +126,24 @@ func (s *show) begin(desk int) *life {
 	return l
 }
 
+// blows are what is done to the n-th worker that is ended.
+func (s *show) blows(n int) []blow {
+	goodbye := n / (dismissEvery + 1)
+	switch {
+	case !s.stage.several() || n%(dismissEvery+1) > 0:
+		return []blow{kill}
+	case goodbye%suspendEvery > 0:
+		return []blow{dismiss}
+	}
+	return []blow{suspend, wake, dismiss}
+}
+
 func (s *show) draw(longest time.Duration) time.Duration {
 	return time.Duration(s.rng.Int64N(int64(longest)))
 }
 
 func (l *life) light(after time.Duration) {
-	if l.fate != spared && l.lit == nil {
+	if len(l.blows) > 0 && l.lit == nil {
 		l.lit = time.After(after)
 	}
 }
@@ -142,7 +154,8 @@ func (s *show) live(ctx context.Context, l *life) error {
 	if err != nil {
 		return err
 	}
-	ended := false
+	doomed := len(l.blows) > 0
+	var struck []blow
 	for lines := w.Lines; lines != nil; {
 		select {
 		case text, ok := <-lines:
@@ -151,33 +164,51 @@ func (s *show) live(ctx context.Context, l *life) error {
 				break
 			}
 			err = errors.Join(err, s.hear(l, text))
-			if l.done && l.fate == spared {
+			if l.done && !doomed {
 				w.LetGo()
 			}
 		case <-l.lit:
-			ended = true
-			if l.fate == killed {
-				err = errors.Join(err, w.Kill())
-			} else {
-				w.LetGo()
-			}
+			struck = append(struck, l.blows[0])
+			err = errors.Join(err, s.strike(l, w))
 		}
 	}
 	fault := w.Wait()
 	switch {
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
-	case ended && l.fate == killed:
-		return err
-	case !ended && (l.fate != spared || !l.done):
+	case slices.Contains(struck, kill):
+		fault = nil
+	case doomed && len(l.blows) > 0 || !doomed && !l.done:
 		fault = errors.Join(errors.New("the worker ended early"), fault)
 	}
+	s.count(struck)
 	return errors.Join(err, fault)
+}
+
+// strike strikes the next blow, and sees to the one after it.
+func (s *show) strike(l *life, w *child.Process) (err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	struck := l.blows[0]
+	l.blows, l.lit = l.blows[1:], nil
+	switch struck {
+	case kill:
+		err = w.Kill()
+	case dismiss:
+		err = w.LetGo()
+	case suspend:
+		err = w.Suspend()
+		l.light(s.stage.stall())
+	case wake:
+		err = w.Wake()
+		l.light(s.draw(awake))
+	}
+	return err
 }
 
 func (s *show) arguments(l *life) []string {
 	args := []string{"worker", "-store", s.Store, "-file", s.spool, "-processor", s.address, "-concurrency", fmt.Sprint(s.Concurrency)}
-	if l.fate == spared { // all lines are its own
+	if len(l.blows) == 0 { // all lines are its own
 		return args
 	}
 	return append(args, "-desk", fmt.Sprint(l.desk), "-desks", fmt.Sprint(s.Workers))
@@ -235,13 +266,18 @@ func (s *show) take(l *life, a *answer) error {
 	return json.NewEncoder(s.history).Encode(a)
 }
 
-// count counts a life that was ended.
-func (s *show) count(f fate) {
+// count counts what was done to a worker.
+func (s *show) count(struck []blow) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if f == killed {
-		s.Killed++
-	} else {
-		s.Dismissed++
+	for _, b := range struck {
+		switch b {
+		case kill:
+			s.Killed++
+		case dismiss:
+			s.Dismissed++
+		case suspend:
+			s.Suspended++
+		}
 	}
 }

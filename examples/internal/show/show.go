@@ -58,6 +58,9 @@ type Program[Tx any] struct {
 
 	// Workers is how many there are at a time, unless the flag says otherwise. With one there is no such flag: the store is one process's.
 	Workers int
+
+	// Stall is how long a worker is suspended: longer than its lease, where there are several.
+	Stall time.Duration
 }
 
 // Run is the program: the show, or one of the processes that the show is made of.
@@ -127,7 +130,7 @@ func (p Program[Tx]) parse(args []string) (Settings, error) {
 	if p.several() {
 		flags.IntVar(&s.Workers, "workers", p.Workers, "worker processes at a time; each answers -concurrency requests at a time")
 		flags.StringVar(&s.Dir, "dir", "", "with -keep: the `directory` for the processor's ledger and the answers given")
-		flags.Lookup("kills").Usage = "how often a worker is killed; in between one is told to end, a quarter as often"
+		flags.Lookup("kills").Usage = "how often a worker is killed; a quarter as often one is told to end, and now and then suspended before"
 	}
 	flags.Parse(args)
 	switch {
@@ -152,7 +155,10 @@ type stage interface {
 	Remove(ctx context.Context, name string) error
 	books(ctx context.Context, name string) (audit.Books, error)
 	several() bool
+	stall() time.Duration
 }
+
+func (p Program[Tx]) stall() time.Duration { return p.Stall }
 
 // several says whether there may be more than one worker at a time. Then the store's name is no path, either.
 func (p Program[Tx]) several() bool { return p.Workers > 1 }

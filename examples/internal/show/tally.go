@@ -18,7 +18,8 @@ type Tally struct {
 	Requests  int
 	Desks     int // workers at a time
 	Killed    int
-	Dismissed int
+	Dismissed int            // not counted in Killed
+	Suspended int            // of these, before
 	Answers   map[int]answer // by line, as the last workers gave them
 	Calls     processor.Counts
 
@@ -147,10 +148,10 @@ type row struct {
 	remark string
 }
 
-// crowd says of the kills, where there were several workers, how many, and how many were told to end.
+// crowd says of the kills, where there were several workers, how many, and what else was done to them.
 func (t *Tally) crowd() string {
 	if t.Desks == 1 && t.Dismissed == 0 {
 		return ""
 	}
-	return fmt.Sprintf("of %d workers at a time; %d more said goodbye", t.Desks, t.Dismissed)
+	return fmt.Sprintf("of %d workers at a time; %d more said goodbye, %d of them had been suspended", t.Desks, t.Dismissed, t.Suspended)
 }

@@ -4,7 +4,7 @@
 //
 // starts a payment processor and three workers, each in a process of its own. Each transfer is asked of two workers at the same time. The
 // workers are killed with SIGKILL at random moments, or told to end, and replaced, while the others go on and take over what they held.
-// Then the last ones are asked for everything, and all is counted: every cent, every payout, every receipt, every answer. It exits non-zero
+// Some are suspended until their lease has ended, and then go on as if they still held what others have taken over. Then the last ones are asked for everything, and all is counted: every cent, every payout, every receipt, every answer. It exits non-zero
 // if one of them is missing, or there twice, or not the same from whichever worker.
 //
 // All of it is in one schema of the database, which the show makes and, unless -keep, removes.
@@ -31,6 +31,7 @@ var program = show.Program[pgx.Tx]{
 	Usage:     "the PostgreSQL database, as `postgres://user@host/name`; the show makes the schema " + schema + " in it",
 	Transfers: show.Transfers(),
 	Workers:   3,
+	Stall:     3 * lease / 2,
 }
 
 func main() {

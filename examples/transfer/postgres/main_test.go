@@ -35,7 +35,7 @@ func settings(t *testing.T, dsn string) show.Settings {
 		t.Fatal(err)
 	}
 	return show.Settings{
-		File: path, Store: dsn, Kills: 8, Workers: 3, Concurrency: 8, Seed: time.Now().UnixNano(), Faults: show.UsualFaults,
+		File: path, Store: dsn, Kills: 12, Workers: 3, Concurrency: 8, Seed: time.Now().UnixNano(), Faults: show.UsualFaults,
 	}
 }
 
@@ -59,9 +59,9 @@ func TestKilledWorkersOnOneDatabasePayOnceAndASecondRunCallsNobody(t *testing.T)
 	dir, s := t.TempDir(), settings(t, pgtest.Database(t))
 	s.Keep, s.Dir, s.Out = true, filepath.Join(dir, "kept"), filepath.Join(dir, "first")
 	first := mustPerform(t, s)
-	if first.Requests != 120 || first.Killed != 8 || first.Dismissed != 2 || len(first.Answers) != 120 || first.Payouts.Entries == 0 {
-		t.Errorf("the show was not a show: %d requests, %d kills, %d goodbyes, %d answers, %d payouts",
-			first.Requests, first.Killed, first.Dismissed, len(first.Answers), first.Payouts.Entries)
+	if first.Requests != 120 || first.Killed != 12 || first.Dismissed != 3 || first.Suspended != 1 || len(first.Answers) != 120 || first.Payouts.Entries == 0 {
+		t.Errorf("the show was not a show: %d requests, %d kills, %d goodbyes, %d suspended, %d answers, %d payouts",
+			first.Requests, first.Killed, first.Dismissed, first.Suspended, len(first.Answers), first.Payouts.Entries)
 	}
 	s.Out = filepath.Join(dir, "second")
 	second := mustPerform(t, s)
