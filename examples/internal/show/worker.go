@@ -171,20 +171,27 @@ func (w *worker[Tx]) work(ctx context.Context, lines []line, concurrency int) er
 
 // settled waits until there is nothing left to do, for other workers neither: what a dead one held is taken over when its lease ends.
 func (w *worker[Tx]) settled(ctx context.Context) error {
+	enough := time.After(settling)
 	for {
 		stats, err := w.engine.Stats(ctx)
-		if err != nil || stats.Running+stats.Waiting == 0 {
+		left := stats.Running + stats.Waiting
+		if err != nil || left == 0 {
 			return err
 		}
 		select {
 		case <-time.After(glance):
+		case <-enough:
+			return fmt.Errorf("%d keys are unfinished after %s, and nobody carries them on", left, settling)
 		case <-ctx.Done():
 			return ctx.Err()
 		}
 	}
 }
 
-const glance = 20 * time.Millisecond // between two looks at what is left
+const (
+	settling = 30 * time.Second      // for what goes on without callers when all is answered
+	glance   = 20 * time.Millisecond // between two looks at what is left
+)
 
 const tries = 20 // of a request that is an answer short; each begins where the one before stopped
 
