@@ -62,13 +62,13 @@ func Start(cmd *exec.Cmd) (*Process, error) {
 // LetGo closes the process's standard input.
 func (p *Process) LetGo() error { return p.leash.Close() }
 
-// Wait lets a process end, and waits for it.
+// Wait lets a process end, and waits for it. The error names the program and its first argument; in the others may be a password.
 func (p *Process) Wait() error {
 	p.leash.Close()
 	for range p.Lines {
 	}
 	if err := p.cmd.Wait(); err != nil {
-		return fmt.Errorf("%s: %w", strings.Join(p.cmd.Args, " "), err)
+		return fmt.Errorf("%s: %w", strings.Join(p.cmd.Args[:min(2, len(p.cmd.Args))], " "), err)
 	}
 	return nil
 }
