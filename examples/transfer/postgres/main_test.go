@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"flag"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -27,15 +28,21 @@ func TestMain(m *testing.M) {
 	pgtest.Main(m)
 }
 
-// settings are those of a small show on a database.
+// How much there is to do for the killed workers.
+var (
+	transfers = flag.Int("transfers", 120, "lines of the file, up to 1000")
+	kills     = flag.Int("kills", 12, "how often a worker is killed")
+)
+
+// settings are those of a show on a database.
 func settings(t *testing.T, dsn string) show.Settings {
-	lines := slices.Collect(bytes.Lines(show.Transfers()))[:120]
+	lines := slices.Collect(bytes.Lines(show.Transfers()))[:*transfers]
 	path := filepath.Join(t.TempDir(), "some.jsonl")
 	if err := os.WriteFile(path, bytes.Join(lines, nil), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	return show.Settings{
-		File: path, Store: dsn, Kills: 12, Workers: 3, Concurrency: 8, Seed: time.Now().UnixNano(), Faults: show.UsualFaults,
+		File: path, Store: dsn, Kills: *kills, Workers: 3, Concurrency: 8, Seed: time.Now().UnixNano(), Faults: show.UsualFaults,
 	}
 }
 
@@ -59,7 +66,7 @@ func TestKilledWorkersOnOneDatabasePayOnceAndASecondRunCallsNobody(t *testing.T)
 	dir, s := t.TempDir(), settings(t, pgtest.Database(t))
 	s.Keep, s.Dir, s.Out = true, filepath.Join(dir, "kept"), filepath.Join(dir, "first")
 	first := mustPerform(t, s)
-	if first.Requests != 120 || first.Killed != 12 || first.Dismissed != 3 || first.Suspended != 1 || len(first.Answers) != 120 || first.Payouts.Entries == 0 {
+	if first.Requests != *transfers || first.Killed != *kills || first.Dismissed != *kills/4 || first.Suspended != *kills/12 || len(first.Answers) != *transfers || first.Payouts.Entries == 0 {
 		t.Errorf("the show was not a show: %d requests, %d kills, %d goodbyes, %d suspended, %d answers, %d payouts",
 			first.Requests, first.Killed, first.Dismissed, first.Suspended, len(first.Answers), first.Payouts.Entries)
 	}
