@@ -15,9 +15,9 @@ import (
 	"time"
 
 	"example.com/keystate"
+	"example.com/keystate/internal/pgtest"
 	"example.com/keystate/keytest"
 	"example.com/keystate/postgres"
-	"example.com/keystate/postgres/internal/pgtest"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 )

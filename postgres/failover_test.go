@@ -14,8 +14,8 @@ import (
 	"time"
 
 	"example.com/keystate"
+	"example.com/keystate/internal/pgtest"
 	"example.com/keystate/postgres"
-	"example.com/keystate/postgres/internal/pgtest"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 )

@@ -15,8 +15,8 @@ import (
 	"time"
 
 	"example.com/keystate"
+	"example.com/keystate/internal/pgtest"
 	"example.com/keystate/postgres"
-	"example.com/keystate/postgres/internal/pgtest"
 	"github.com/jackc/pgx/v5"
 	"go.etcd.io/bbolt"
 	"pgregory.net/rapid"
