@@ -316,6 +316,7 @@ func (e *Engine[Tx]) joinLocked(m *machine[Tx], key Key, print [16]byte) (*run, 
 	case e.opts.RefuseInFlight:
 		return nil, fmt.Errorf("%w: %s", ErrInProgress, key)
 	}
+	r.joined = true
 	return r, nil
 }
 
@@ -323,7 +324,7 @@ func (e *Engine[Tx]) joinLocked(m *machine[Tx], key Key, print [16]byte) (*run, 
 var errContested = errors.New("keystate: the key is contested")
 
 // enroll makes a run for a caller's key, or joins the one that has been made meanwhile: at most one is under way.
-func (e *Engine[Tx]) enroll(m *machine[Tx], key Key, print [16]byte) (r *run, mine bool, err error) {
+func (e *Engine[Tx]) enroll(m *machine[Tx], key Key, print [16]byte, known bool) (r *run, mine bool, err error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.closed {
@@ -333,7 +334,7 @@ func (e *Engine[Tx]) enroll(m *machine[Tx], key Key, print [16]byte) (r *run, mi
 		return r, false, err
 	}
 	r = newRun(key, m.name, print)
-	r.slot = true
+	r.slot, r.known = true, known
 	e.runs[key] = r
 	e.due.remove(key)
 	return r, true, nil
@@ -342,16 +343,16 @@ func (e *Engine[Tx]) enroll(m *machine[Tx], key Key, print [16]byte) (r *run, mi
 // dismiss ends a run: whoever waits for it gets its answer, and a key that is to go on is due later.
 func (e *Engine[Tx]) dismiss(r *run) {
 	e.mu.Lock()
-	delete(e.runs, r.key)
+	if e.runs[r.key] == r {
+		delete(e.runs, r.key)
+	}
+	stored := r.known || r.record.Version > 0
 	switch {
-	case e.shared != nil && errors.Is(r.broken, ErrOutcomeUnknown): // such a store works on: a look will tell what there is
+	case r.broken == nil && r.record.Status == Waiting:
+		e.queueLocked(r.record)
+	case e.shared != nil && errors.Is(r.broken, ErrOutcomeUnknown), // such a store works on: a look will tell what there is
+		r.broken != nil && stored && !lasting(r.broken):
 		e.queueLocked(Record{Key: r.key, Machine: r.machine, Fingerprint: r.print, Due: e.now().Add(storagePause)})
-	case r.record.Version == 0 || lasting(r.broken): // there is no key, or it is not ours to carry on
-	case r.broken != nil:
-		r.record.Due = e.now().Add(storagePause)
-		e.queueLocked(r.record)
-	case r.record.Status == Waiting:
-		e.queueLocked(r.record)
 	}
 	if r.record.Status == Answered && !r.replayed {
 		e.finished.Add(1)

@@ -243,10 +243,11 @@ func (e *Engine[Tx]) resumeDue() time.Duration {
 			continue // its caller has taken it up; when that run ends, the key is queued anew if it must be
 		}
 		r := newRun(d.key, d.machine, d.print)
+		r.known = true
 		e.runs[d.key] = r
 		e.resuming++
 		m := e.machines[d.machine]
-		e.spawn(func() { m.travel(r, nil, true) })
+		e.spawn(func() { m.travel(r, nil) })
 	}
 	return time.Hour
 }

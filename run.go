@@ -18,6 +18,8 @@ type run struct {
 	print     [16]byte
 	replayed  bool
 	slot      bool          // it holds one of Options.MaxRuns: a caller began it
+	joined    bool          // a caller has joined it; guarded by the engine's mu
+	known     bool          // the key was stored when it began
 	elsewhere atomic.Bool   // another engine has been at work on the key, and the run waited for it
 	claimed   chan struct{} // closed when the claim is durable
 	done      chan struct{} // closed when the run has ended; then record and err stay as they are
@@ -101,12 +103,12 @@ func (m *machine[Tx]) tryStart(ctx context.Context, key Key, print [16]byte, req
 	if err := e.takeSlot(ctx); err != nil {
 		return nil, false, err
 	}
-	r, mine, err := e.enroll(m, key, print)
+	r, mine, err := e.enroll(m, key, print, known)
 	if err != nil || !mine {
 		e.freeSlot()
 		return r, true, err
 	}
-	e.spawn(func() { m.travel(r, request, known) })
+	e.spawn(func() { m.travel(r, request) })
 	return r, false, nil
 }
 
@@ -150,9 +152,9 @@ type journey[Tx any] struct {
 }
 
 // travel carries a key as far as it goes. One that is known is taken up; a request makes it if it is not there.
-func (m *machine[Tx]) travel(r *run, request []byte, known bool) {
+func (m *machine[Tx]) travel(r *run, request []byte) {
 	j := &journey[Tx]{machine: m, shared: r}
-	j.walk(func() error { return j.setOut(request, known) })
+	j.walk(func() error { return j.setOut(request) })
 }
 
 // walk makes one step after another, of which the first is given. A phase that calls runtime.Goexit ends the goroutine
@@ -210,9 +212,9 @@ func (r *run) announced() bool {
 }
 
 // setOut claims the key: one that rests somewhere, or a new one together with its first phases.
-func (j *journey[Tx]) setOut(request []byte, known bool) error {
+func (j *journey[Tx]) setOut(request []byte) error {
 	err := ErrNotFound
-	if known {
+	if j.shared.known {
 		err = j.takeUp()
 	}
 	if errors.Is(err, ErrNotFound) && request != nil {

@@ -31,7 +31,18 @@ func (e *Engine[Tx]) vacant(tx Tx, r Record) error {
 
 // outrun says whether a run ended because another engine has the key, and its callers are to have that engine's answer.
 func (j *journey[Tx]) outrun(err error) bool {
-	return j.engine.shared != nil && j.shared.slot && (errors.Is(err, errElsewhere) || errors.Is(err, ErrFenced))
+	return j.engine.shared != nil && (errors.Is(err, errElsewhere) || errors.Is(err, ErrFenced)) && j.engine.awaited(j.shared)
+}
+
+// awaited says whether callers wait for a run. One for which nobody does can be joined no more.
+func (e *Engine[Tx]) awaited(r *run) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if r.slot || r.joined {
+		return true
+	}
+	delete(e.runs, r.key)
+	return false
 }
 
 // Of a caller's run that waits for another engine.

@@ -240,16 +240,7 @@ func TestAnEngineThatOversleptWritesNothingAndGivesItsCallersTheAnswer(t *testin
 		answer <- p
 	}()
 	<-sleeper.inside
-	conn, err := pgx.Connect(t.Context(), dsn)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close(context.Background())
-	// It may be just renewing its lease for the first time: no row can be made for its epoch any more that counts.
-	expired := `UPDATE keystate.boots SET alive_until = now() - interval '1 second'; ALTER TABLE keystate.boots ADD CHECK (epoch > 1 OR alive_until < now())`
-	if _, err := conn.Exec(t.Context(), expired); err != nil {
-		t.Fatal(err)
-	}
+	expireLeases(t, dsn)
 	heir := openOffice(t, dsn, "heir", b, postgres.Options{}, false)
 	taken, err := heir.payments.Do(t.Context(), keyOf(1), payment{Name: "p"})
 	if err != nil {
@@ -297,4 +288,49 @@ func TestManyEnginesDoEachPaymentOnceWhoeverIsAsked(t *testing.T) {
 		t.Errorf("the bank has %d payments", b.tokens())
 	}
 	eachOnce(t, dsn, payments)
+}
+
+// Who joins a run that the engine has taken up by itself is a caller like any other.
+func TestWhoJoinedARunThatAnEngineResumedGetsTheHeirsAnswer(t *testing.T) {
+	dsn, b := commonDatabase(t), &bank{}
+	lease := postgres.Options{Lease: time.Hour}
+	dead := openOffice(t, dsn, "dead", b, lease, true)
+	if _, err := dead.payments.Start(t.Context(), keyOf(1), payment{Name: "p"}); err != nil {
+		t.Fatal(err)
+	}
+	<-dead.inside
+	if err := dead.engine.Close(); err != nil {
+		t.Fatal(err)
+	}
+	resumer := openOffice(t, dsn, "resumer", b, lease, true)
+	<-resumer.inside
+	run, err := resumer.payments.Start(t.Context(), keyOf(1), payment{Name: "p"})
+	if err != nil || !run.Joined() {
+		t.Fatalf("joined: %v, %v", run.Joined(), err)
+	}
+	expireLeases(t, dsn)
+	heir := openOffice(t, dsn, "heir", b, postgres.Options{}, false)
+	taken, err := heir.payments.Do(t.Context(), keyOf(1), payment{Name: "p"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	close(resumer.goOn)
+	if p, err := run.Wait(t.Context()); err != nil || p != taken {
+		t.Errorf("who joined got %+v, %v", p, err)
+	}
+}
+
+// expireLeases ends the leases of all boots so far. One may be just renewing its lease for the first time: no row can be made for it any more that counts.
+func expireLeases(t *testing.T, dsn string) {
+	t.Helper()
+	conn, err := pgx.Connect(t.Context(), dsn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.Background())
+	_, err = conn.Exec(t.Context(), `UPDATE keystate.boots SET alive_until = now() - interval '1 second';
+		DO $$ BEGIN EXECUTE format('ALTER TABLE keystate.boots ADD CHECK (epoch > %s OR alive_until < now())', (SELECT epoch FROM keystate.store)); END $$`)
+	if err != nil {
+		t.Fatal(err)
+	}
 }
