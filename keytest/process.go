@@ -1,12 +1,10 @@
 package keytest
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -104,14 +102,14 @@ type process[Tx, S any] struct {
 	dead      bool
 	still     chan struct{} // the process stands still until it is closed
 	closing   bool
-	killLater bool // after the next transaction
-	watched   Tx   // the transaction whose puts are taken down
-	put       func(keystate.Record)
+	killLater bool             // after the next transaction
+	known     keystate.Record  // the key's, as this process has committed it last
+	passing   map[any]*passage // transactions under way
 }
 
 // boot starts the program: it opens the store, and the engine on it, and registers the machine.
 func (p *play[Tx, S]) boot(life int) (*process[Tx, S], error) {
-	proc := &process[Tx, S]{Store: p.subject.open(p.t, p.dir), play: p, started: make(chan struct{})}
+	proc := &process[Tx, S]{Store: p.subject.open(p.t, p.dir), play: p, started: make(chan struct{}), passing: map[any]*passage{}}
 	defer close(proc.started)
 	if err := p.canDie(proc.Store); err != nil {
 		return nil, errors.Join(err, proc.Store.Close())
@@ -281,179 +279,6 @@ func (p *process[Tx, S]) commit(ctx context.Context, tx Tx, s *S, at place, comm
 	return nil
 }
 
-// Update runs a transaction of the engine, or what a fault makes of it.
-func (p *process[Tx, S]) Update(ctx context.Context, fn func(tx Tx) error) error {
-	if p.gone() {
-		return errKilled
-	}
-	n, strikes := p.reach(place{kind: atWrite})
-	if strikes == stillBeforeWrite {
-		p.standStill()
-	}
-	withdraws, again := false, false
-	run := func(tx Tx) error {
-		if again {
-			p.play.undo()
-		}
-		again = true
-		before, err := p.record(tx)
-		if err != nil {
-			return err
-		}
-		if err := fn(tx); err != nil {
-			return err
-		}
-		after, err := p.record(tx)
-		if err != nil {
-			return err
-		}
-		withdraws = before.Version > 0 && after.Version == 0
-		p.label(n, before, after)
-		return nil
-	}
-	var err error
-	switch strikes {
-	case killedBeforeWrite:
-		err = p.interrupted(ctx, run)
-	case writtenTwice:
-		err = p.twice(ctx, run)
-	default:
-		err = p.Store.Update(ctx, run)
-	}
-	if err != nil {
-		p.play.undo()
-	}
-	if err == nil && withdraws {
-		p.play.forgets()
-	}
-	if err == nil && (strikes == killedAfterWrite || p.isToDie()) {
-		return p.die()
-	}
-	return err
-}
-
-func (p *process[Tx, S]) isToDie() bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.killLater
-}
-
-// interrupted runs a transaction, and dies before its end.
-func (p *process[Tx, S]) interrupted(ctx context.Context, fn func(tx Tx) error) error {
-	return p.Store.Update(ctx, func(tx Tx) error {
-		if err := fn(tx); err != nil {
-			return err
-		}
-		return p.die()
-	})
-}
-
-// undone runs a transaction and rolls it back.
-func (p *process[Tx, S]) undone(ctx context.Context, fn func(tx Tx) error) error {
-	err := p.Store.Update(ctx, func(tx Tx) error {
-		if err := fn(tx); err != nil {
-			return err
-		}
-		return errUndone
-	})
-	if errors.Is(err, errUndone) {
-		return nil
-	}
-	return err
-}
-
-// twice runs a transaction, rolls it back, and runs it again an hour later: both runs must come to the same.
-func (p *process[Tx, S]) twice(ctx context.Context, fn func(tx Tx) error) error {
-	var first, second map[string]string
-	look := func(into *map[string]string) func(tx Tx) error {
-		return func(tx Tx) (err error) {
-			*into, err = p.written(tx, fn)
-			return err
-		}
-	}
-	if err := p.undone(ctx, look(&first)); err != nil {
-		return err
-	}
-	time.Sleep(time.Hour)
-	if err := p.Store.Update(ctx, look(&second)); err != nil {
-		return err
-	}
-	for _, d := range differences(first, second, p.play.subject.varies) {
-		p.play.find(fmt.Sprintf("%s is %s in the first run and %s in the second", d.path, shown(d.want), shown(d.got)),
-			"the commit uses something besides tx, s and ctx: a clock, a random number, memory")
-	}
-	return nil
-}
-
-// written runs fn in a transaction and says what has come of it: what the program has written, and the states of the keys. What others do
-// in the hour between two runs is no part of it.
-func (p *process[Tx, S]) written(tx Tx, fn func(tx Tx) error) (map[string]string, error) {
-	before, err := p.play.contents(tx)
-	if err != nil {
-		return nil, err
-	}
-	records, err := p.puts(tx, fn)
-	if err != nil {
-		return nil, err
-	}
-	after, err := p.play.contents(tx)
-	if err != nil {
-		return nil, err
-	}
-	all := map[string]string{}
-	for _, d := range differences(before, after, nothing) {
-		all[d.path] = cmp.Or(d.got, "gone")
-	}
-	for _, r := range records {
-		if s, err := p.machine.DecodeState(r); err == nil {
-			maps.Copy(all, under("the state", leaves(s)))
-		} else {
-			all["the state of "+r.Key.String()] = fmt.Sprintf("%q", r.State)
-		}
-	}
-	return all, nil
-}
-
-// puts runs fn in a transaction and returns the records that the engine puts in it.
-func (p *process[Tx, S]) puts(tx Tx, fn func(tx Tx) error) (records []keystate.Record, err error) {
-	p.watch(tx, func(r keystate.Record) { records = append(records, r) })
-	defer p.watch(*new(Tx), nil)
-	err = fn(tx)
-	return records, err
-}
-
-func (p *process[Tx, S]) watch(tx Tx, put func(keystate.Record)) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.watched, p.put = tx, put
-}
-
-// Keys are the store's. What is put is taken down where a transaction is watched. A store that could put a record together with its commit
-// puts it before: the process looks at it first.
-func (p *process[Tx, S]) Keys(tx Tx) keystate.Keys {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	keys := watchedKeys{p.Store.Keys(tx), func(keystate.Record) {}}
-	if p.put != nil && any(tx) == any(p.watched) {
-		keys.put = p.put
-	}
-	return keys
-}
-
-// watchedKeys tell of every Put.
-type watchedKeys struct {
-	keystate.Keys
-	put func(keystate.Record)
-}
-
-func (k watchedKeys) Put(r *keystate.Record) error {
-	err := k.Keys.Put(r)
-	if err == nil {
-		k.put(*r)
-	}
-	return err
-}
-
 // Boot notes the epoch.
 func (p *process[Tx, S]) Boot(ctx context.Context) (id [16]byte, epoch uint64, err error) {
 	id, p.epoch, err = p.Store.Boot(ctx)
@@ -466,44 +291,4 @@ func (p *process[Tx, S]) View(ctx context.Context, fn func(tx Tx) error) error {
 		return errKilled
 	}
 	return p.Store.View(ctx, fn)
-}
-
-// record is the key's record in a transaction, or an empty one.
-func (p *process[Tx, S]) record(tx Tx) (keystate.Record, error) {
-	r, err := p.Store.Keys(tx).Get(p.play.subject.key())
-	if errors.Is(err, keystate.ErrNotFound) {
-		return keystate.Record{}, nil
-	}
-	return r, err // after which a transaction may be one that cannot commit
-}
-
-// label says what a transaction does to the key.
-func (p *process[Tx, S]) label(n int, before, after keystate.Record) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.places[n].name = movement(before, after)
-}
-
-func movement(before, after keystate.Record) string {
-	var reached []string
-	for _, passage := range after.History[min(len(before.History), len(after.History)):] {
-		if passage.Point != keystate.Started {
-			reached = append(reached, string(passage.Point))
-		}
-	}
-	switch {
-	case len(reached) > 0:
-		return strings.Join(reached, " and ")
-	case before.Version == after.Version:
-		return "another key"
-	case after.Version == 0:
-		return "the withdrawal"
-	case before.Version == 0:
-		return "the claim"
-	case after.Status == keystate.Waiting:
-		return "the key's wait"
-	case after.Status == keystate.Parked:
-		return "the key's parking"
-	}
-	return "the next attempt"
 }

@@ -20,14 +20,6 @@ type Killable interface {
 // A sharedProcess is a process whose store others may have open, too.
 type sharedProcess[Tx, S any] struct{ *process[Tx, S] }
 
-// asStore is what the engine sees of its store: all that it can do, and the process before it.
-func (p *process[Tx, S]) asStore() keystate.Store[Tx] {
-	if p.shared() != nil {
-		return sharedProcess[Tx, S]{p}
-	}
-	return p
-}
-
 // shared is the process's store if others may have it open, or nil.
 func (p *process[Tx, S]) shared() keystate.SharedStore[Tx] {
 	s, _ := p.Store.(keystate.SharedStore[Tx])
