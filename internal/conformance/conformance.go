@@ -4,6 +4,7 @@
 //	trial.go        one check's store, and the shorthands to work on it
 //	boot.go         opening, and opening twice
 //	records.go      records come back whole, and only their holder moves them on
+//	last.go         records that go with the commit
 //	reap.go         deleting what has had its time
 //	lists.go        sequences, counts, pages
 //	updates.go      failures leave no trace; races have one winner
@@ -61,6 +62,11 @@ func storeChecks[Tx any]() []storeCheck[Tx] {
 		{"Put fences whoever does not hold the record", trial.putFences},
 		{"Delete takes a finished record from its holder only", trial.deleteFences},
 		{"a record that ends and is deleted in one transaction leaves nothing", trial.endedAndDeleted},
+		{"a record that is put last is stored as Put does", trial.lastIsStored},
+		{"a record that is put last goes with the rest of its transaction", trial.lastGoesWithTheRest},
+		{"a record that is put last by whoever does not hold it undoes its transaction", trial.lastFences},
+		{"one of many puts a record last", trial.oneOfManyIsLast},
+		{"a record that is put last in a View is refused", trial.lastInViewIsRefused},
 		{"a store that reaps by itself takes what is due, once", trial.reaps},
 		{"finished records are numbered in order, and no number is used twice", trial.sequencesGrow},
 		{"Counts equal a recount", trial.countsEqualRecount},

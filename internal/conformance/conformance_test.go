@@ -221,6 +221,11 @@ func TestEveryBrokenStoreIsFound(t *testing.T) {
 			return &reapingBolt{Store: OpenBolt(t, dir), is: is}
 		})
 	}
+	for _, b := range brokenPartings {
+		finds(b.is, b.foundBy, func(t testing.TB, dir string) keystate.Store[*bbolt.Tx] {
+			return &partingBolt{Store: OpenBolt(t, dir), is: b.is, parted: new(atomic.Int64)}
+		})
+	}
 	for name, open := range brokenShares() {
 		finds(name, "two openings share the store, or the second is refused", open)
 	}

@@ -240,10 +240,14 @@ func (s *storeTrial[Tx]) oneMovesOn() error {
 
 // oneWins demands that of many who put at once one succeeds, and all others are fenced.
 func (s *storeTrial[Tx]) oneWins(put func(who int) keystate.Record) error {
+	return s.oneWinsBy(s.put, put)
+}
+
+func (s *storeTrial[Tx]) oneWinsBy(store func(keystate.Record) (keystate.Record, error), put func(who int) keystate.Record) error {
 	const many = 16
 	won := make([]*keystate.Record, many)
 	err := atOnce(many, func(who int) error {
-		stored, err := s.put(put(who))
+		stored, err := store(put(who))
 		if err == nil {
 			won[who] = &stored
 		} else if !errors.Is(err, keystate.ErrFenced) {
