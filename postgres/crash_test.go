@@ -29,6 +29,11 @@ type mortal struct {
 	pool *pgxpool.Pool
 }
 
+// The engine is to read through it as it does in production: in one trip.
+var _ interface {
+	Get(ctx context.Context, key keystate.Key) (keystate.Record, error)
+} = mortal{}
+
 // Close is called for the dead, too; what they say by then reaches nobody.
 func (m mortal) Close() error {
 	defer m.pool.Close()

@@ -113,7 +113,7 @@ func (k partingKeys) PutLast(r *keystate.Record) error {
 		if k.store.is == "what is put last in a View is passed over" {
 			return nil
 		}
-		return bbolt.ErrTxNotWritable
+		return errors.New("a View cannot write")
 	}
 	k.store.pending.Store(k.tx, *r)
 	if k.store.is != "what is put last has the version that it had" {
