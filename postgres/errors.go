@@ -12,8 +12,6 @@ import (
 const (
 	serializationFailure = "40001"
 	deadlockDetected     = "40P01"
-	idleTooLong          = "25P03" // idle_in_transaction_session_timeout
-	openTooLong          = "25P04" // transaction_timeout
 	diskFull             = "53100"
 	undefinedTable       = "42P01"
 	invalidSchema        = "3F000"
@@ -43,15 +41,16 @@ func cutOff(err error) bool {
 	if err == nil {
 		return false
 	}
-	c := code(err)
-	switch {
-	case c == idleTooLong || c == openTooLong: // the server ends the connection, too
-		return true
-	case c != "":
-		return c[:2] == "08" || c[:3] == "57P" // connection exceptions; admin_shutdown, crash_shutdown, cannot_connect_now
-	}
 	var refused *pgconn.ConnectError
-	return errors.As(err, &refused) || pgconn.SafeToRetry(err) || isNetwork(err)
+	var said *pgconn.PgError
+	switch isRefused := errors.As(err, &refused); {
+	case errors.As(err, &said):
+		ended := said.SeverityUnlocalized == "PANIC" || said.SeverityUnlocalized == "FATAL" // and with it what the server knows of the transaction
+		return said.Code[:2] == "08" || said.Code[:3] == "57P" || ended && !isRefused       // connection exceptions; admin_shutdown, crash_shutdown, cannot_connect_now
+	case isRefused:
+		return true
+	}
+	return pgconn.SafeToRetry(err) || isNetwork(err)
 }
 
 func missing(err error) bool {
