@@ -151,15 +151,17 @@ func evict(f *faulty, d deed, k keystate.Keys) keystate.Keys {
 }
 
 func makeRoom(f *faulty, k keystate.Keys) keystate.Keys {
-	return &wrongKeys{Keys: k, get: func(key keystate.Key) (keystate.Record, error) {
-		r, err := k.Get(key)
-		if _, ok := f.bug.evicted.LoadAndDelete(key); !ok || err != nil || r.Status != keystate.Answered {
-			return r, err
+	return &wrongKeys{Keys: k, put: func(r *keystate.Record) error {
+		if _, ok := f.bug.evicted.LoadAndDelete(r.Key); ok && r.Version == 0 {
+			old, err := k.Get(r.Key)
+			if err == nil && old.Status == keystate.Answered {
+				err = k.(witness).Keys.Delete(old)
+			}
+			if err != nil {
+				return err
+			}
 		}
-		if err := k.(witness).Keys.Delete(r); err != nil {
-			return r, err
-		}
-		return keystate.Record{}, keystate.ErrNotFound
+		return k.Put(r)
 	}}
 }
 
