@@ -80,7 +80,7 @@ func (s *share) Alive(_ *bbolt.Tx, epoch uint64) (bool, error) {
 }
 
 func (s *share) Adopt(ctx context.Context, machines []string, limit int) (adopted []Record, err error) {
-	err = s.Update(ctx, func(tx *bbolt.Tx) error {
+	err = s.commonFile.Update(ctx, func(tx *bbolt.Tx) error {
 		adopted = nil
 		keys := s.Keys(tx)
 		all, err := keys.Unfinished(Key{}, 1000)
@@ -297,7 +297,9 @@ func TestACommitWhoseOutcomeIsUnknownIsLookedForAndItsKeyCarriedOn(t *testing.T)
 			f, key := newCommonFile(t), Key{ID: "k"}
 			s, e, m := f.join(t, "one", 0, Options{})
 			defer e.Close()
+			f.mu.Lock()
 			s.late = late
+			f.mu.Unlock()
 			if _, err := m.Do(t.Context(), key, parcelled{}); !errors.Is(err, ErrOutcomeUnknown) {
 				t.Errorf("the caller is told %v", err)
 			}
