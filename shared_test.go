@@ -30,28 +30,21 @@ const testLease = 10 * time.Second
 type share struct {
 	*commonFile
 	epoch uint64
-	gone  bool          // it renews no more, and says no goodbye
-	late  time.Duration // the next commit's answer is lost; the commit takes effect so much later
+	gone  bool // it renews no more, and says no goodbye
+	deaf  bool // the next commit's answer is lost
 }
 
 // Update loses the answer of a commit, once, where the test wants that.
 func (s *share) Update(ctx context.Context, fn func(tx *bbolt.Tx) error) error {
 	s.mu.Lock()
-	late := s.late
-	s.late = 0
+	deaf := s.deaf
+	s.deaf = false
 	s.mu.Unlock()
-	if late == 0 {
-		return s.commonFile.Update(ctx, fn)
+	err := s.commonFile.Update(ctx, fn)
+	if deaf {
+		err = ErrOutcomeUnknown
 	}
-	arrived := make(chan error, 1)
-	go func() {
-		time.Sleep(late)
-		arrived <- s.commonFile.Update(ctx, fn)
-	}()
-	if late == time.Nanosecond {
-		<-arrived
-	}
-	return ErrOutcomeUnknown
+	return err
 }
 
 func (s *share) Boot(ctx context.Context) (id [16]byte, epoch uint64, err error) {
@@ -292,21 +285,19 @@ func TestAKeyThatWaitsGoesOnWithTheEngineThatIsAsked(t *testing.T) {
 }
 
 func TestACommitWhoseOutcomeIsUnknownIsLookedForAndItsKeyCarriedOn(t *testing.T) {
-	for _, late := range []time.Duration{time.Nanosecond, storagePause / 2} { // it has taken effect, or does in a moment
-		synctest.Test(t, func(t *testing.T) {
-			f, key := newCommonFile(t), Key{ID: "k"}
-			s, e, m := f.join(t, "one", 0, Options{})
-			defer e.Close()
-			f.mu.Lock()
-			s.late = late
-			f.mu.Unlock()
-			if _, err := m.Do(t.Context(), key, parcelled{}); !errors.Is(err, ErrOutcomeUnknown) {
-				t.Errorf("the caller is told %v", err)
-			}
-			time.Sleep(2 * storagePause)
-			if r, err := e.Key(t.Context(), key); err != nil || r.Status != Answered {
-				t.Errorf("the key is %q, %v", r.Status, err)
-			}
-		})
-	}
+	synctest.Test(t, func(t *testing.T) {
+		f, key := newCommonFile(t), Key{ID: "k"}
+		s, e, m := f.join(t, "one", 0, Options{})
+		defer e.Close()
+		f.mu.Lock()
+		s.deaf = true
+		f.mu.Unlock()
+		if _, err := m.Do(t.Context(), key, parcelled{}); !errors.Is(err, ErrOutcomeUnknown) {
+			t.Errorf("the caller is told %v", err)
+		}
+		time.Sleep(2 * storagePause)
+		if r, err := e.Key(t.Context(), key); err != nil || r.Status != Answered {
+			t.Errorf("the key is %q, %v", r.Status, err)
+		}
+	})
 }
