@@ -241,10 +241,11 @@ func TestCommitThatIdlesLongerThanTheServerAllowsIsRunAgain(t *testing.T) {
 	e, _ := openEngine(t, dsn)
 	var runs atomic.Int32
 	m, err := keystate.Register(e, "idle", []keystate.Phase[pgx.Tx, payment]{{To: keystate.Finished, OnError: keystate.Fail, Commit: func(ctx context.Context, tx pgx.Tx, p *payment) error {
+		err := addOne(ctx, tx, p.Name) // with which the transaction begins
 		if runs.Add(1) == 1 {
 			time.Sleep(200 * time.Millisecond)
 		}
-		return addOne(ctx, tx, p.Name)
+		return err
 	}}})
 	if err != nil {
 		t.Fatal(err)
