@@ -487,7 +487,7 @@ func (m *move) find(ctx context.Context, batch []keystate.Record) (map[keystate.
 
 // behind is a row without its first columns, which go elsewhere.
 type behind struct {
-	row   row
+	row   pgx.Row
 	first []any
 }
 

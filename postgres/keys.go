@@ -17,11 +17,8 @@ func (s *Store) Keys(tx pgx.Tx) keystate.Keys {
 	return t
 }
 
-// A row is what is read of a record.
-type row interface{ Scan(dest ...any) error }
-
 // record makes a record of a row.
-func record(row row) (r keystate.Record, err error) {
+func record(row pgx.Row) (r keystate.Record, err error) {
 	var frame []byte
 	var version, epoch, finished int64
 	if err := row.Scan(&frame, &version, &epoch, &finished); err != nil {

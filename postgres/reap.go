@@ -16,15 +16,14 @@ func (s *Store) Reap(ctx context.Context, retention time.Duration, limit int) (r
 	if err := s.open(); err != nil {
 		return 0, 0, err
 	}
-	sql := reapingStatements(s.options)
 	err = s.again(ctx, func() error {
 		return pgx.BeginTxFunc(ctx, s.pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) error {
-			tag, err := tx.Exec(ctx, sql.reap, retention.Microseconds(), limit)
+			tag, err := tx.Exec(ctx, s.sql.reap, retention.Microseconds(), limit)
 			if reaped = int(tag.RowsAffected()); err != nil || reaped == limit {
 				return err
 			}
 			var micros int64
-			err = tx.QueryRow(ctx, sql.due, retention.Microseconds()).Scan(&micros)
+			err = tx.QueryRow(ctx, s.sql.due, retention.Microseconds()).Scan(&micros)
 			next = max(0, time.Duration(micros)*time.Microsecond)
 			return err
 		})

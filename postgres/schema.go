@@ -136,6 +136,7 @@ type statements struct {
 	counts                     string
 	orphans, adopt             string
 	settle, nonceOf            string
+	reaping
 }
 
 // now is the server's clock, in whatever transaction.
@@ -182,6 +183,7 @@ func statementsFor(o Options) statements {
 			VALUES ($1, $2, '', '', '', 0, 0, NULL, '', '') ON CONFLICT (id, scope) DO NOTHING`),
 		nonceOf: sql(`SELECT nonce FROM KEYS WHERE id = $1 AND scope = $2 FOR UPDATE`),
 	}
+	s.reaping = reapingStatements(o)
 	s.insertLast, s.updateLast = strings.Replace(s.insert, "UNLESS", "", 1), orFail(s.update)
 	s.insert = strings.Replace(s.insert, "UNLESS", "ON CONFLICT (id, scope) DO NOTHING", 1)
 	return s
