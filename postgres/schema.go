@@ -169,6 +169,14 @@ func statementsFor(o Options) statements {
 		update: sql(`UPDATE KEYS SET status = $3, version = version + 1, epoch = $4, finished = CASE WHEN $5 THEN SEQUENCE END, nonce = $7, record = $8
 			WHERE id = $1 AND scope = $2 AND incarnation = $9 AND version = $10 AND COALESCE(finished, 0) = 0 RETURNING COALESCE(finished, 0) AS finished`,
 			"SEQUENCE", fmt.Sprintf(sequence, "$6::bigint")),
+		// As update, for a transaction that ends with it. ON CONFLICT finds the row without a predicate lock on its page of the index, on which all keys
+		// lie that are at work: with update, transactions at SERIALIZABLE read that page and write to it, all of them, and the server ends many. Where
+		// there is no row, what is inserted undoes the transaction by its version.
+		updateLast: orFail(sql(`INSERT INTO KEYS AS k (id, scope, machine, status, incarnation, version, epoch, finished, nonce, record)
+			VALUES ($1, $2, '', $3, $9, 0, $4, NULL, $7, $8) ON CONFLICT (id, scope) DO UPDATE SET status = excluded.status, version = k.version + 1,
+			epoch = excluded.epoch, finished = CASE WHEN $5 THEN SEQUENCE END, nonce = excluded.nonce, record = excluded.record
+			WHERE k.incarnation = excluded.incarnation AND k.version = $10 AND k.finished IS NULL RETURNING version, COALESCE(finished, 0) AS finished`,
+			"SEQUENCE", fmt.Sprintf(sequence, "$6::bigint"))),
 		erase: sql(`DELETE FROM KEYS WHERE id = $1 AND scope = $2 AND incarnation = $3 AND version = $4 AND finished IS NOT NULL`),
 
 		unfinished: sql(`SELECT COLUMNS FROM KEYS WHERE finished IS NULL AND (id, scope) > ($1, $2) ORDER BY id, scope LIMIT $3`),
@@ -184,14 +192,14 @@ func statementsFor(o Options) statements {
 		nonceOf: sql(`SELECT nonce FROM KEYS WHERE id = $1 AND scope = $2 FOR UPDATE`),
 	}
 	s.reaping = reapingStatements(o)
-	s.insertLast, s.updateLast = strings.Replace(s.insert, "UNLESS", "", 1), orFail(s.update)
+	s.insertLast = strings.Replace(s.insert, "UNLESS", "", 1)
 	s.insert = strings.Replace(s.insert, "UNLESS", "ON CONFLICT (id, scope) DO NOTHING", 1)
 	return s
 }
 
-// orFail makes a statement that changes a row fail where there is none, so that the server does not go on to the commit behind it.
-// What cannot be cast depends on the count, or it would be cast when the statement is planned.
+// orFail makes a statement that changes a row fail unless the row has a version then, so that the server does not go on to the commit behind it.
+// What cannot be cast depends on the version, or it would be cast when the statement is planned.
 func orFail(sql string) string {
-	return `WITH put AS (` + sql + `) SELECT CASE WHEN count(*) = 1 THEN max(finished)
-		ELSE CAST('keystate: another engine has the key; rows: ' || count(*)::text AS bigint) END FROM put`
+	return `WITH put AS (` + sql + `) SELECT CASE WHEN max(version) > 0 THEN max(finished)
+		ELSE CAST('keystate: another engine has the key; ' || COALESCE(max(version), -1)::text AS bigint) END FROM put`
 }
