@@ -19,6 +19,8 @@ const (
 	duplicateTable       = "42P07"
 	duplicateSchema      = "42P06"
 	duplicateObject      = "42710"
+	readOnly             = "25006" // a standby, or a primary that was made one
+	tooManyConnections   = "53300"
 	invalidText          = "22P02" // what the cast in a fenced last write makes
 )
 
@@ -45,8 +47,9 @@ func cutOff(err error) bool {
 	var said *pgconn.PgError
 	switch isRefused := errors.As(err, &refused); {
 	case errors.As(err, &said):
-		ended := said.SeverityUnlocalized == "PANIC" || said.SeverityUnlocalized == "FATAL" // and with it what the server knows of the transaction
-		return said.Code[:2] == "08" || said.Code[:3] == "57P" || ended && !isRefused       // connection exceptions; admin_shutdown, crash_shutdown, cannot_connect_now
+		ended := said.SeverityUnlocalized == "PANIC" || said.SeverityUnlocalized == "FATAL"          // and with it what the server knows of the transaction
+		return said.Code[:2] == "08" || said.Code[:3] == "57P" || said.Code == tooManyConnections || // connection exceptions; admin_shutdown, crash_shutdown, cannot_connect_now
+			ended && !isRefused
 	case isRefused:
 		return true
 	}

@@ -432,7 +432,7 @@ func TestAKeyWhoseCommitCouldNotBeSettledIsCarriedOn(t *testing.T) {
 	s := pgtest.Start(t, pgtest.FsyncOff)
 	dsn, b := withProgramTable(t, s.Database(t)), &bank{}
 	proxy := pgtest.NewProxy(t, dsn)
-	f := openOffice(t, proxy.DSN(), "office", b, postgres.Options{Tries: 2, Lease: time.Second}, true)
+	f := openOffice(t, proxy.DSN(), "office", b, postgres.Options{RetryTimeout: 200 * time.Millisecond, Lease: time.Second}, true)
 	run, err := f.payments.Start(t.Context(), keyOf(1), paymentOf(1))
 	if err != nil {
 		t.Fatal(err)

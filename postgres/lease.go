@@ -15,15 +15,17 @@ func (s *Store) Boot(ctx context.Context) (id [16]byte, epoch uint64, err error)
 	var bytes []byte
 	var n int64
 	err = s.again(ctx, func() error {
-		return pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
-			if err := tx.QueryRow(ctx, s.sql.boot).Scan(&bytes, &n); err != nil {
+		return s.on(ctx, s.options.TransactionTimeout, func(l *line) error {
+			return pgx.BeginFunc(ctx, l, func(tx pgx.Tx) error {
+				if err := tx.QueryRow(ctx, s.sql.boot).Scan(&bytes, &n); err != nil {
+					return err
+				}
+				if len(bytes) == markSize { // before the commit: a boot that is refused leaves nothing behind
+					return errMoving
+				}
+				_, err := tx.Exec(ctx, s.sql.enter, n, s.options.Lease.Microseconds())
 				return err
-			}
-			if len(bytes) == markSize { // before the commit: a boot that is refused leaves nothing behind
-				return errMoving
-			}
-			_, err := tx.Exec(ctx, s.sql.enter, n, s.options.Lease.Microseconds())
-			return err
+			})
 		})
 	})
 	switch {
@@ -36,15 +38,19 @@ func (s *Store) Boot(ctx context.Context) (id [16]byte, epoch uint64, err error)
 	return [16]byte(bytes), s.epoch, nil
 }
 
-// Renew says that the boot is at work.
+// Renew says that the boot is at work. A server that does not answer is not waited for: there is to be time for another try before the
+// lease has run out.
 func (s *Store) Renew(ctx context.Context) (time.Duration, error) {
-	_, err := s.pool.Exec(ctx, s.sql.renew, int64(s.epoch), s.options.Lease.Microseconds())
+	err := s.on(ctx, s.options.Lease/2, func(l *line) error {
+		_, err := l.Exec(ctx, s.sql.renew, int64(s.epoch), s.options.Lease.Microseconds())
+		return err
+	})
 	return s.options.Lease, s.meaning(err)
 }
 
 // Now is the server's time. It is not asked for again when the server is away: the lease comes first.
 func (s *Store) Now(ctx context.Context) (at time.Time, err error) {
-	err = s.pool.QueryRow(ctx, s.sql.now).Scan(&at)
+	err = s.on(ctx, s.options.Lease/2, func(l *line) error { return l.QueryRow(ctx, s.sql.now).Scan(&at) })
 	return at, s.meaning(err)
 }
 

@@ -30,9 +30,15 @@ type Options struct {
 	// takes over the keys of one that died. Default: 10 s.
 	Lease time.Duration
 
-	// Tries is how often a transaction is run that the server ends because of others (40001, 40P01), or whose connection is lost
-	// before its commit. Default: 20.
-	Tries int
+	// RetryTimeout is how long a transaction is run again and again, from its first failure, that the server ends because of others (40001,
+	// 40P01), or whose connection is lost: how long the server may be away, for a restart or a failover, before callers hear of it. Default: 30 s;
+	// negative: it is not run again.
+	RetryTimeout time.Duration
+
+	// TransactionTimeout is how long one run of a transaction may take, and how long a connection is waited for. Then the connection is given up as a lost
+	// one is: a server that is frozen, or a network that swallows what is sent, never says that it is. A phase's Commit that takes
+	// longer never takes effect. Default: 30 s; negative: for ever.
+	TransactionTimeout time.Duration
 
 	// NoMigration leaves the tables to the program's own migrations, see [Schema]. Default: the store makes them.
 	NoMigration bool
@@ -49,11 +55,12 @@ func (o *Options) orDefault() (Options, error) {
 	d.Schema = cmp.Or(d.Schema, "keystate")
 	d.Isolation = cmp.Or(d.Isolation, pgx.Serializable)
 	d.Lease = cmp.Or(d.Lease, 10*time.Second)
-	d.Tries = cmp.Or(d.Tries, 20)
+	d.RetryTimeout = cmp.Or(d.RetryTimeout, 30*time.Second)
+	d.TransactionTimeout = cmp.Or(d.TransactionTimeout, 30*time.Second)
 	d.Logger = cmp.Or(d.Logger, slog.Default())
 	var faults []error
-	if d.Lease < 0 || d.Tries < 0 {
-		faults = append(faults, errors.New("keystate/postgres: Options.Lease and Tries must not be negative"))
+	if d.Lease < 0 {
+		faults = append(faults, errors.New("keystate/postgres: Options.Lease must not be negative"))
 	}
 	switch d.Isolation {
 	case pgx.Serializable, pgx.RepeatableRead, pgx.ReadCommitted:
@@ -81,7 +88,13 @@ type Store struct {
 // Open connects to a database and makes the tables if they are not there. The connection string is pgx's: a URL or key=value pairs, with pool_max_conns
 // and the like, several hosts and target_session_attrs=read-write for a primary that moves.
 func Open(ctx context.Context, dsn string, opts *Options) (*Store, error) {
-	pool, err := pgxpool.New(ctx, dsn)
+	config, err := pgxpool.ParseConfig(dsn)
+	if err != nil {
+		return nil, fmt.Errorf("keystate/postgres: %w", err)
+	}
+	config.ConnConfig.ConnectTimeout = cmp.Or(config.ConnConfig.ConnectTimeout, greeting)
+	config.PingTimeout = cmp.Or(config.PingTimeout, greeting)
+	pool, err := pgxpool.NewWithConfig(ctx, config)
 	if err != nil {
 		return nil, fmt.Errorf("keystate/postgres: %w", err)
 	}
@@ -94,7 +107,11 @@ func Open(ctx context.Context, dsn string, opts *Options) (*Store, error) {
 	return s, nil
 }
 
-// New is Open on a pool that the program has. Closing the store leaves it open.
+// greeting is how long a host may take to answer, unless the connection string has a connect_timeout: then the next host is asked.
+const greeting = 10 * time.Second
+
+// New is Open on a pool that the program has. Closing the store leaves it open. Its connections should have a connect_timeout, or a host that is frozen is
+// asked for two minutes before the next one, and a PingTimeout.
 func New(ctx context.Context, pool *pgxpool.Pool, opts *Options) (*Store, error) {
 	o, err := opts.orDefault()
 	if err != nil {

@@ -17,15 +17,17 @@ func (s *Store) Reap(ctx context.Context, retention time.Duration, limit int) (r
 		return 0, 0, err
 	}
 	err = s.again(ctx, func() error {
-		return pgx.BeginTxFunc(ctx, s.pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) error {
-			tag, err := tx.Exec(ctx, s.sql.reap, retention.Microseconds(), limit)
-			if reaped = int(tag.RowsAffected()); err != nil || reaped == limit {
+		return s.on(ctx, s.options.TransactionTimeout, func(l *line) error {
+			return pgx.BeginTxFunc(ctx, l, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) error {
+				tag, err := tx.Exec(ctx, s.sql.reap, retention.Microseconds(), limit)
+				if reaped = int(tag.RowsAffected()); err != nil || reaped == limit {
+					return err
+				}
+				var micros int64
+				err = tx.QueryRow(ctx, s.sql.due, retention.Microseconds()).Scan(&micros)
+				next = max(0, time.Duration(micros)*time.Microsecond)
 				return err
-			}
-			var micros int64
-			err = tx.QueryRow(ctx, s.sql.due, retention.Microseconds()).Scan(&micros)
-			next = max(0, time.Duration(micros)*time.Microsecond)
-			return err
+			})
 		})
 	})
 	if err != nil {

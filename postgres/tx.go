@@ -7,7 +7,6 @@ import (
 	"example.com/keystate"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
-	"github.com/jackc/pgx/v5/pgxpool"
 )
 
 // A txn is a transaction of the store: a pgx.Tx for the program, and for the engine what it knows beside it.
@@ -16,7 +15,7 @@ import (
 // last write of the engine with COMMIT.
 type txn struct {
 	tx      pgx.Tx // nil until the first statement
-	conn    *pgxpool.Conn
+	conn    *line
 	options pgx.TxOptions
 	store   *Store
 	ctx     context.Context
@@ -33,7 +32,7 @@ var errOwnEnd = errors.New("keystate/postgres: the store itself ends the transac
 
 // heard keeps an error with which the transaction has to be run again.
 func (t *txn) heard(err error) error {
-	if t.fate == nil && (crossed(err) || cutOff(err)) {
+	if t.fate == nil && (passing(err) || code(err) == readOnly && !t.reading) {
 		t.fate = err
 	}
 	return err

@@ -38,22 +38,35 @@ func (s *Store) Update(ctx context.Context, fn func(tx pgx.Tx) error) error {
 // errUnseen says that a commit whose connection was lost had not taken effect when the store looked.
 var errUnseen = errors.New("the connection was lost in the commit, and its effect is not seen")
 
-// again runs what may be run again, so often and with growing pauses.
-func (s *Store) again(ctx context.Context, do func() error) (err error) {
+// passing says whether an error is one with which what has failed may be run again, and may succeed.
+func passing(err error) bool {
+	return crossed(err) || cutOff(err) || errors.Is(err, errOverdue) || errors.Is(err, errStandby) || errors.Is(err, errUndone)
+}
+
+// again runs what may be run again, with growing pauses, until it has failed for too long.
+func (s *Store) again(ctx context.Context, do func() error) error {
 	pauses := backoff.ExponentialBackOff{InitialInterval: time.Millisecond, MaxInterval: 500 * time.Millisecond, Multiplier: 2, RandomizationFactor: 0.5}
-	for range s.options.Tries {
-		if err = do(); !crossed(err) && !cutOff(err) || errors.Is(err, keystate.ErrOutcomeUnknown) {
+	var failed time.Time // for the first time
+	for {
+		err := do()
+		if !passing(err) || errors.Is(err, keystate.ErrOutcomeUnknown) {
+			return err
+		}
+		if failed.IsZero() {
+			failed = time.Now()
+		}
+		pause := pauses.NextBackOff()
+		if time.Since(failed)+pause > s.options.RetryTimeout {
 			return err
 		}
 		select {
-		case <-time.After(pauses.NextBackOff()):
+		case <-time.After(pause):
 		case <-ctx.Done():
 			return errors.Join(err, ctx.Err())
 		case <-s.ctx.Done():
 			return errors.Join(err, keystate.ErrClosed)
 		}
 	}
-	return err
 }
 
 // try is one run of a transaction.
@@ -63,23 +76,46 @@ func (s *Store) try(ctx context.Context, fn func(tx pgx.Tx) error) error {
 		return err
 	}
 	defer t.leave() // also when fn ends the goroutine
-	err = guarded(func() error { return fn(t) })
-	if t.fate != nil {
-		return t.fate
-	}
-	if err != nil {
-		return err
+	if err := t.run(fn); err != nil {
+		return s.demoted(err)
 	}
 	err = t.commit(ctx)
 	if err == nil || code(err) != "" && !cutOff(err) || errors.Is(err, keystate.ErrFenced) || errors.Is(err, pgx.ErrTxCommitRollback) || errors.Is(err, pgx.ErrTxClosed) {
-		return err
+		return s.demoted(err)
 	}
-	return s.settle(ctx, t, err)
+	return s.settle(ctx, t, t.conn.reason(err))
+}
+
+// run runs fn. Whatever fn makes of it, a transaction that the server has ended, or whose connection is lost, ends with that.
+func (t *txn) run(fn func(tx pgx.Tx) error) error {
+	err := guarded(func() error { return fn(t) })
+	switch {
+	case t.fate != nil:
+		err = t.fate
+	case passing(err) && t.gone(): // a batch, a part of the transaction or the bare connection has heard of it
+		err = fmt.Errorf("%w: %v", errUndone, err) // no error of fn's any more
+	}
+	return t.conn.reason(err)
+}
+
+// gone says whether nothing of the transaction can be committed.
+func (t *txn) gone() bool {
+	conn := t.conn.Conn().PgConn()
+	return conn.IsClosed() || conn.TxStatus() == 'E'
+}
+
+// demoted gives up connections to a server that takes writes no more: another one does, or will.
+func (s *Store) demoted(err error) error {
+	if code(err) == readOnly {
+		s.pool.Reset()
+		err = fmt.Errorf("%w: %w", errStandby, err)
+	}
+	return err
 }
 
 // prepare gets a connection for a transaction, which begins with its first statement.
 func (s *Store) prepare(ctx context.Context, options pgx.TxOptions) (*txn, error) {
-	conn, err := s.pool.Acquire(ctx)
+	conn, err := s.line(ctx, s.options.TransactionTimeout)
 	if err != nil {
 		return nil, err
 	}
@@ -104,20 +140,13 @@ func (s *Store) settle(ctx context.Context, t *txn, lost error) error {
 	if len(t.written) == 0 {
 		return unknown(errors.New("it wrote no key"))
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.options.Lease)
+	ctx, cancel := s.outlasting(ctx)
 	defer cancel()
 	var done bool
-	var err error
-	for range s.options.Tries {
-		if done, err = s.bears(ctx, t.written[len(t.written)-1], t.nonce); err == nil {
-			break
-		}
-		select {
-		case <-time.After(100 * time.Millisecond):
-		case <-ctx.Done():
-			return unknown(errors.Join(err, ctx.Err()))
-		}
-	}
+	err := s.again(ctx, func() (err error) {
+		done, err = s.bears(ctx, t.written[len(t.written)-1], t.nonce)
+		return err
+	})
 	switch {
 	case err != nil:
 		return unknown(err)
@@ -127,10 +156,29 @@ func (s *Store) settle(ctx context.Context, t *txn, lost error) error {
 	return fmt.Errorf("keystate/postgres: %w: %w", errUnseen, lost)
 }
 
+// outlasting is a context that does not end with another, but does soon after it: what became of a commit is worth knowing also when it is the
+// caller's end that has cut it off.
+func (s *Store) outlasting(ctx context.Context) (context.Context, context.CancelFunc) {
+	longer, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() { time.AfterFunc(s.options.Lease, cancel) })
+	return longer, func() {
+		stop()
+		cancel()
+	}
+}
+
 // bears says whether a key's row bears a nonce. Whoever is still writing the row is waited for: first by trying to insert it, and then by
 // locking it.
-func (s *Store) bears(ctx context.Context, key keystate.Key, nonce []byte) (bool, error) {
-	tx, err := s.pool.BeginTx(ctx, pgx.TxOptions{IsoLevel: pgx.ReadCommitted})
+func (s *Store) bears(ctx context.Context, key keystate.Key, nonce []byte) (found bool, err error) {
+	err = s.on(ctx, s.options.TransactionTimeout, func(l *line) error {
+		found, err = s.bearsOn(ctx, l, key, nonce)
+		return err
+	})
+	return found, err
+}
+
+func (s *Store) bearsOn(ctx context.Context, l *line, key keystate.Key, nonce []byte) (bool, error) {
+	tx, err := l.BeginTx(ctx, pgx.TxOptions{IsoLevel: pgx.ReadCommitted})
 	if err != nil {
 		return false, err
 	}
@@ -186,8 +234,10 @@ func (s *Store) Get(ctx context.Context, key keystate.Key) (r keystate.Record, e
 		return r, err
 	}
 	err = s.again(ctx, func() error {
-		r, err = record(s.pool.QueryRow(ctx, s.sql.get, []byte(key.ID), []byte(key.Scope)))
-		return err
+		return s.on(ctx, s.options.TransactionTimeout, func(l *line) error {
+			r, err = record(l.QueryRow(ctx, s.sql.get, []byte(key.ID), []byte(key.Scope)))
+			return err
+		})
 	})
 	if errors.Is(err, pgx.ErrNoRows) {
 		return r, keystate.ErrNotFound
