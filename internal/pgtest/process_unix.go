@@ -92,20 +92,41 @@ type listed struct {
 // killAll kills a process and its children, none of which sees the others die and acts on it for long: the parent is
 // stopped first, so that it can neither start nor mourn a child.
 func (p *process) killAll() error {
-	if err := p.signal(syscall.SIGSTOP); err != nil {
-		return fmt.Errorf("pgtest: stop process %d: %w", p.pid, err)
-	}
-	children, err := p.childrenOnceStopped()
+	children, err := p.signalAll(syscall.SIGKILL)
 	if err != nil {
 		return err
 	}
-	for _, pid := range append(children, p.pid) {
-		if err := signalProcess(pid, syscall.SIGKILL); err != nil && !errors.Is(err, os.ErrProcessDone) {
-			return fmt.Errorf("pgtest: kill process %d: %w", pid, err)
-		}
-	}
 	<-p.done
 	return awaitEnd(children)
+}
+
+// freezeAll stops a process and its children where they are.
+func (p *process) freezeAll() error {
+	_, err := p.signalAll(syscall.SIGSTOP)
+	return err
+}
+
+// thawAll lets a process and its children go on.
+func (p *process) thawAll() error {
+	_, err := p.signalAll(syscall.SIGCONT)
+	return err
+}
+
+// signalAll stops a process, signals its children, and then the process itself. It returns the children.
+func (p *process) signalAll(sig syscall.Signal) ([]int, error) {
+	if err := p.signal(syscall.SIGSTOP); err != nil {
+		return nil, fmt.Errorf("pgtest: stop process %d: %w", p.pid, err)
+	}
+	children, err := p.childrenOnceStopped()
+	if err != nil {
+		return nil, err
+	}
+	for _, pid := range append(children, p.pid) {
+		if err := signalProcess(pid, sig); err != nil && !errors.Is(err, os.ErrProcessDone) {
+			return nil, fmt.Errorf("pgtest: signal %v to process %d: %w", sig, pid, err)
+		}
+	}
+	return children, nil
 }
 
 func (p *process) childrenOnceStopped() ([]int, error) {

@@ -341,6 +341,22 @@ func (s *Server) Kill() error {
 	return s.guard.watch(0)
 }
 
+// Freeze stops every process of the server where it is, until [Server.Thaw]: whoever asks it something gets no answer, and no error either. What is sent
+// to it meanwhile is done when it goes on. A frozen server can be killed, but not stopped.
+func (s *Server) Freeze() error { return s.withProcess((*process).freezeAll) }
+
+// Thaw lets a frozen server go on.
+func (s *Server) Thaw() error { return s.withProcess((*process).thawAll) }
+
+func (s *Server) withProcess(do func(*process) error) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.process == nil {
+		return errNotRunning
+	}
+	return do(s.process)
+}
+
 // Stop shuts the server down in good order, as an operator does.
 func (s *Server) Stop() error {
 	s.mu.Lock()

@@ -16,6 +16,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 )
@@ -437,5 +438,31 @@ func TestServerWhoseLogHasNoRoomCrashesAndKeepsWhatWasCommitted(t *testing.T) {
 	}
 	if !strings.Contains(string(log), "PANIC") {
 		t.Errorf("it did not crash:\n%s", end(log))
+	}
+}
+
+func TestFrozenServerAnswersNothingAndDoesWhatWasAskedWhenItGoesOn(t *testing.T) {
+	t.Parallel()
+	s := Start(t, FsyncOff)
+	conn := connect(t, s.Database(t))
+	exec1(t, conn, "CREATE TABLE t (n int)")
+	if err := s.Freeze(); err != nil {
+		t.Fatal(err)
+	}
+	asked := make(chan error, 1)
+	go func() {
+		_, err := conn.Exec(context.Background(), "INSERT INTO t VALUES (1)")
+		asked <- err
+	}()
+	select {
+	case err := <-asked:
+		t.Errorf("it answers: %v", err)
+	case <-time.After(200 * time.Millisecond):
+	}
+	if err := s.Thaw(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-asked; err != nil || rows(t, conn) != 1 {
+		t.Errorf("it has not done what it was asked: %v", err)
 	}
 }
