@@ -519,7 +519,8 @@ func (e *Engine[Tx]) Update(ctx context.Context, fn func(tx Tx) error) error {
 	return err
 }
 
-// View runs fn in a read-only transaction. It should be short: while it is open, the file cannot reuse pages.
+// View runs fn in a read-only transaction; fn may be called more than once where the store is a server's. It should be short: while it is open, the file
+// cannot reuse pages.
 func (e *Engine[Tx]) View(ctx context.Context, fn func(tx Tx) error) error {
 	if ctx.Value(inCommit{}) != nil {
 		return ErrInCommit

@@ -164,8 +164,9 @@ func (e *Engine[Tx]) capacity() (machines []string, room int) {
 
 // heldElsewhere lists the epochs of other boots at work, of those that the records bear.
 func (e *Engine[Tx]) heldElsewhere(ctx context.Context, records []Record) (map[uint64]bool, error) {
-	held := map[uint64]bool{}
+	var held map[uint64]bool
 	err := e.store.View(ctx, func(tx Tx) error {
+		held = map[uint64]bool{}
 		for _, r := range records {
 			if _, known := held[r.Epoch]; known || r.Epoch == e.epoch {
 				continue

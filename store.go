@@ -18,7 +18,7 @@ type Store[Tx any] interface {
 	// the goroutine that called Update.
 	Update(ctx context.Context, fn func(tx Tx) error) error
 
-	// View runs fn once in a transaction that reads one consistent, durable state.
+	// View runs fn in a transaction that reads one consistent, durable state. fn may run more than once: a store on a server loses connections.
 	View(ctx context.Context, fn func(tx Tx) error) error
 
 	// Keys gives access to the records inside a transaction, and only until it ends.

@@ -200,32 +200,26 @@ func (s *Store) bearsOn(ctx context.Context, l *line, key keystate.Key, nonce []
 	return true, tx.Commit(ctx)
 }
 
-// View runs fn in a transaction that reads one consistent state.
+// View runs fn in a transaction that reads one consistent state. It is run again when the connection is lost.
 func (s *Store) View(ctx context.Context, fn func(tx pgx.Tx) error) error {
 	if err := s.open(); err != nil {
 		return err
 	}
-	return s.meaning(s.view(ctx, fn))
+	return s.meaning(s.again(ctx, func() error { return s.view(ctx, fn) }))
 }
 
-// view begins again where the connection that it got was lost before.
+// view is one run of a transaction that reads.
 func (s *Store) view(ctx context.Context, fn func(tx pgx.Tx) error) error {
-	var t *txn
-	err := s.again(ctx, func() (err error) {
-		if t, err = s.prepare(ctx, pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly}); err != nil {
-			return err
-		}
-		if _, err = t.begun(ctx); err != nil {
-			t.leave()
-		}
-		return err
-	})
+	t, err := s.prepare(ctx, pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly})
 	if err != nil {
 		return err
 	}
 	defer t.leave()
+	if _, err := t.begun(ctx); err != nil {
+		return t.conn.reason(err)
+	}
 	t.reading = true
-	return guarded(func() error { return fn(t) })
+	return t.run(fn)
 }
 
 // Get reads a record as it is now, in one trip to the server.
