@@ -19,7 +19,8 @@ const (
 	duplicateTable       = "42P07"
 	duplicateSchema      = "42P06"
 	duplicateObject      = "42710"
-	readOnly             = "25006" // a standby, or a primary that was made one
+	readOnly             = "25006"
+	notSupported         = "0A000"
 	tooManyConnections   = "53300"
 	invalidText          = "22P02" // what the cast in a fenced last write makes
 )
@@ -54,6 +55,15 @@ func cutOff(err error) bool {
 		return true
 	}
 	return pgconn.SafeToRetry(err) || isNetwork(err)
+}
+
+// refusesWrites says whether the server takes no writes: it is a standby, which knows no serializable transactions either, or nobody is to write there.
+func refusesWrites(err error) bool {
+	var said *pgconn.PgError
+	if !errors.As(err, &said) {
+		return false
+	}
+	return said.Code == readOnly || said.Code == notSupported && (said.Routine == "call_enum_check_hook" || said.Routine == "GetSerializableTransactionSnapshot")
 }
 
 func missing(err error) bool {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"flag"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -272,4 +273,80 @@ func TestWhoWaitsForTheServerLosesItsKeysAndWritesNothing(t *testing.T) {
 		t.Errorf("one caller got %+v, the other %+v; the bank has %d payments", p, taken, b.tokens())
 	}
 	eachOnce(t, dsn, 1)
+}
+
+// The address leads to a standby before that is promoted.
+func TestAStandbyBehindTheAddressIsLeftUntilItIsPromoted(t *testing.T) {
+	t.Parallel()
+	pair := pgtest.StartPair(t, pgtest.FsyncOff, pgtest.TCP)
+	dsn := withProgramTable(t, pair.Database(t))
+	database := nameOf(t, dsn)
+	r, l, b := besieged(t, pair.Primary.DSN(database), postgres.Options{})
+	if err := pair.Primary.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	r.lead(pair.Standby.DSN(database))
+	time.Sleep(time.Second)
+	if err := pair.Promote(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	l.awaitAnswers(t, 50)
+	l.settle(t, dsn, b)
+	if len(l.refusals) > 0 {
+		t.Error("callers were told of it")
+	}
+	t.Log(l)
+}
+
+func nameOf(t *testing.T, dsn string) string {
+	t.Helper()
+	config, err := pgx.ParseConfig(dsn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return config.Database
+}
+
+// So says a demoted server by way of a pooler, which does not tell what it leads to.
+func TestAServerThatTakesNoWritesForAWhileIsNoCallersConcern(t *testing.T) {
+	dsn := commonDatabase(t)
+	r, l, b := besieged(t, dsn, postgres.Options{})
+	database := pgx.Identifier{nameOf(t, dsn)}.Sanitize()
+	execOn(t, dsn, `ALTER DATABASE `+database+` SET default_transaction_read_only = on`)
+	r.lead(dsn) // by new connections
+	time.Sleep(time.Second)
+	execOn(t, pgtest.With(dsn, "default_transaction_read_only", "off"), `ALTER DATABASE `+database+` RESET default_transaction_read_only`)
+	l.awaitAnswers(t, 50)
+	l.settle(t, dsn, b)
+	if len(l.refusals) > 0 {
+		t.Error("callers were told of it")
+	}
+	t.Log(l)
+}
+
+func TestAServerWithoutRoomForAnotherConnectionIsAskedAgain(t *testing.T) {
+	t.Parallel()
+	const room = 4
+	dsn := pgtest.Start(t, pgtest.FsyncOff, pgtest.Set("max_connections", strconv.Itoa(room)), pgtest.Set("superuser_reserved_connections", "0")).Database(t)
+	r := newRelay(t, dsn)
+	s := openStore(t, r.dsn, &postgres.Options{Logger: quiet})
+	defer s.Close()
+	r.lead("")
+	var crowd []*pgx.Conn
+	for range room {
+		conn, err := pgx.Connect(t.Context(), dsn)
+		if err != nil {
+			t.Fatal(err)
+		}
+		crowd = append(crowd, conn)
+	}
+	r.lead(dsn)
+	time.AfterFunc(300*time.Millisecond, func() {
+		for _, conn := range crowd {
+			conn.Close(context.Background())
+		}
+	})
+	if err := s.Update(t.Context(), func(tx pgx.Tx) error { return increment(tx, "row") }); err != nil {
+		t.Error(err)
+	}
 }

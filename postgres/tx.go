@@ -32,7 +32,7 @@ var errOwnEnd = errors.New("keystate/postgres: the store itself ends the transac
 
 // heard keeps an error with which the transaction has to be run again.
 func (t *txn) heard(err error) error {
-	if t.fate == nil && (passing(err) || code(err) == readOnly && !t.reading) {
+	if t.fate == nil && (passing(err) || refusesWrites(err) && !t.reading) {
 		t.fate = err
 	}
 	return err

@@ -106,7 +106,7 @@ func (t *txn) gone() bool {
 
 // demoted gives up connections to a server that takes writes no more: another one does, or will.
 func (s *Store) demoted(err error) error {
-	if code(err) == readOnly {
+	if refusesWrites(err) {
 		s.pool.Reset()
 		err = fmt.Errorf("%w: %w", errStandby, err)
 	}
