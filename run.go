@@ -624,7 +624,7 @@ func (t *trip[Tx]) transact(tx Tx) error {
 	}
 	t.engine.openOutbox(tx, &t.outbox)
 	defer t.engine.closeOutbox(tx)
-	end, state, err := t.phasesIn(tx)
+	end, state, err := t.phasesIn(tx, keys)
 	if err != nil {
 		return err
 	}
@@ -651,7 +651,7 @@ func (t *trip[Tx]) depart() (Record, error) {
 }
 
 // phasesIn runs the commits of the leg. It returns the phase before which the leg ends, and the state there.
-func (t *trip[Tx]) phasesIn(tx Tx) (end int, state []byte, err error) {
+func (t *trip[Tx]) phasesIn(tx Tx, keys Keys) (end int, state []byte, err error) {
 	var s any
 	last, i := t.leg.from, t.leg.from
 	for ; i < t.leg.stop; i++ {
@@ -669,7 +669,11 @@ func (t *trip[Tx]) phasesIn(tx Tx) (end int, state []byte, err error) {
 				}
 			}
 			last = i
-			if err := t.commitPhase(i, tx, s); err != nil {
+			err := t.commitPhase(i, tx, s)
+			if err == nil {
+				err = check(keys) // or it would seem to be the store that fails, and for ever
+			}
+			if err != nil {
 				return i, nil, t.halted(i, err, s)
 			}
 		}

@@ -127,9 +127,20 @@ type (
 		PutLast(r *Record) error
 	}
 
+	// A checker knows of its transaction what keeps it from being committed, though the phase that has done it says that all is well.
+	checker interface{ Check() error }
+
 	// A sizer knows how large the store is.
 	sizer interface{ size() (used, free int64) }
 )
+
+// check returns what keeps a transaction from being committed, as far as its store knows.
+func check(keys Keys) error {
+	if c, ok := keys.(checker); ok {
+		return c.Check()
+	}
+	return nil
+}
 
 // putLast stores a record as the last thing that a transaction does.
 func putLast(keys Keys, r *Record) error {

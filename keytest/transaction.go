@@ -272,6 +272,14 @@ func (k seenKeys) Delete(r keystate.Record) error {
 	return err
 }
 
+// Check says what the store knows against its transaction.
+func (k seenKeys) Check() error {
+	if c, ok := k.Keys.(interface{ Check() error }); ok {
+		return c.Check()
+	}
+	return nil
+}
+
 // lastKeys can put a record as the last thing of a transaction.
 type lastKeys struct {
 	seenKeys

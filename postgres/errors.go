@@ -20,6 +20,7 @@ const (
 	duplicateSchema      = "42P06"
 	duplicateObject      = "42710"
 	readOnly             = "25006"
+	inFailedTransaction  = "25P02"
 	notSupported         = "0A000"
 	tooManyConnections   = "53300"
 	invalidText          = "22P02" // what the cast in a fenced last write makes

@@ -1,6 +1,7 @@
 package postgres
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 
@@ -105,6 +106,37 @@ func (t *txn) PutLast(r *keystate.Record) error {
 	*r = next
 	return nil
 }
+
+// Check says what keeps the transaction from being committed, though whoever has used it says nothing of it.
+func (t *txn) Check() error {
+	conn := t.conn.Conn().PgConn()
+	switch {
+	case t.fate != nil:
+		return t.fate
+	case t.ended:
+		return errOwnRollback
+	case t.tx == nil || conn.IsClosed():
+		return nil // what will be, the commit says
+	case conn.IsBusy():
+		return errOpenRows
+	}
+	switch conn.TxStatus() {
+	case 'T':
+		return nil
+	case 'E':
+		return fmt.Errorf("%w: %w", errHidden, cmp.Or(t.failed, errUnnamed))
+	}
+	return errOwnSQL
+}
+
+// What a phase may do to its transaction and say nothing of.
+var (
+	errHidden      = errors.New("keystate/postgres: the phase goes on after an SQL error, with which the server has undone its transaction; a part that may fail is to be run in tx.Begin")
+	errUnnamed     = errors.New("it was seen by a batch or a part of the transaction only")
+	errOpenRows    = errors.New("keystate/postgres: the phase has left rows open")
+	errOwnRollback = errors.New("keystate/postgres: the phase has rolled its transaction back")
+	errOwnSQL      = errors.New("keystate/postgres: the phase has ended its transaction by SQL")
+)
 
 // Delete removes a finished record if its holder does.
 func (t *txn) Delete(r keystate.Record) error {

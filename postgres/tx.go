@@ -24,6 +24,7 @@ type txn struct {
 	written []keystate.Key // whose rows bear the nonce
 	parting *write         // what goes with COMMIT
 	fate    error          // what ended the transaction on the server, or the connection; whatever the program makes of it
+	failed  error          // what the last statement that failed was told
 	reading bool
 	ended   bool
 }
@@ -34,6 +35,9 @@ var errOwnEnd = errors.New("keystate/postgres: the store itself ends the transac
 func (t *txn) heard(err error) error {
 	if t.fate == nil && (passing(err) || refusesWrites(err) && !t.reading) {
 		t.fate = err
+	}
+	if c := code(err); c != "" && c != inFailedTransaction {
+		t.failed = err
 	}
 	return err
 }
