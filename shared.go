@@ -78,13 +78,15 @@ func jittered(d time.Duration) time.Duration { return d/2 + rand.N(d) }
 func (e *Engine[Tx]) share() {
 	var lease time.Duration
 	var away bool
+	renewed := time.Now()
 	var spare time.Time // until when nobody is taken for gone
 	for open := true; open; {
 		pause := min(cmp.Or(lease/3, renewAgain), renewAgain)
 		if held, err := e.renew(); err != nil {
 			away = true
 		} else {
-			lease, pause = held, held/3
+			away = away || time.Since(renewed) > held // it has run out, though nothing has failed: the store was slow, or we were
+			lease, pause, renewed = held, held/3, time.Now()
 			if away {
 				away, spare = false, time.Now().Add(lease)
 			}

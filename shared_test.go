@@ -22,6 +22,7 @@ type commonFile struct {
 	id     [16]byte
 	epochs uint64 // given out
 	leases map[uint64]time.Time
+	frozen time.Time // until when leases are neither renewed nor refused
 }
 
 const testLease = 10 * time.Second
@@ -32,6 +33,7 @@ type share struct {
 	epoch uint64
 	gone  bool // it renews no more, and says no goodbye
 	deaf  bool // the next commit's answer is lost
+	lag   time.Duration
 }
 
 // Update loses the answer of a commit, once, where the test wants that.
@@ -57,6 +59,12 @@ func (s *share) Boot(ctx context.Context) (id [16]byte, epoch uint64, err error)
 }
 
 func (s *share) Renew(context.Context) (time.Duration, error) {
+	s.mu.Lock()
+	thaw := time.Until(s.frozen)
+	s.mu.Unlock()
+	if thaw > 0 {
+		time.Sleep(thaw + s.lag)
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.gone {
@@ -199,6 +207,26 @@ func TestAnEngineTakesOverWhatADeadOneHeldWhenItsLeaseIsOver(t *testing.T) {
 		}
 		if p, err := run.Wait(t.Context()); err != nil || p.By != "heir" { // an hour later the dead engine wakes up
 			t.Errorf("whoever asked the dead engine is told %+v, %v", p, err)
+		}
+	})
+}
+
+// Nothing fails: the store is only silent for longer than a lease. Who hears from it first must not take the others for gone.
+func TestAfterASilenceNobodyIsTakenForGone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, key := newCommonFile(t), Key{ID: "k"}
+		slow, one, ones := f.join(t, "one", time.Minute, Options{})
+		_, other, _ := f.join(t, "other", 0, Options{})
+		defer func() { one.Close(); other.Close() }()
+		run, err := ones.Start(t.Context(), key, parcelled{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.mu.Lock()
+		f.frozen, slow.lag = time.Now().Add(2*testLease), time.Second
+		f.mu.Unlock()
+		if p, err := run.Wait(t.Context()); err != nil || p.By != "one" {
+			t.Errorf("the answer is %+v, %v", p, err)
 		}
 	})
 }

@@ -65,9 +65,13 @@ func (s *Store) Alive(tx pgx.Tx, epoch uint64) (bool, error) {
 	return n > 0, s.meaning(err)
 }
 
-// Adopt gives the boot keys whose own is not alive. Rows that another engine is just adopting are passed over.
+// Adopt gives the boot keys whose own is not alive, while it is alive itself: when the server was away for longer than a lease, nobody's holds, and all
+// are at work. Rows that another engine is just adopting are passed over. It is not run again when the server is away: the lease comes first.
 func (s *Store) Adopt(ctx context.Context, machines []string, limit int) (adopted []keystate.Record, err error) {
-	err = s.Update(ctx, func(tx pgx.Tx) error {
+	if err := s.open(); err != nil {
+		return nil, err
+	}
+	take := func(tx pgx.Tx) error {
 		t := tx.(*txn)
 		adopted = nil
 		keys, err := t.orphans(machines, limit)
@@ -83,8 +87,17 @@ func (s *Store) Adopt(ctx context.Context, machines []string, limit int) (adopte
 			adopted = append(adopted, r)
 		}
 		return nil
-	})
-	return adopted, err
+	}
+	const enough = 5 // of others who are in the way: there is a next time
+	for range enough {
+		if err = s.try(ctx, take); !crossed(err) {
+			break
+		}
+	}
+	if err != nil {
+		return nil, s.meaning(err)
+	}
+	return adopted, nil
 }
 
 func (t *txn) orphans(machines []string, limit int) (keys []keystate.Key, err error) {

@@ -184,7 +184,7 @@ func statementsFor(o Options) statements {
 		counts:     sql(`SELECT status, count(*) FROM KEYS GROUP BY status`),
 
 		orphans: sql(`SELECT id, scope FROM KEYS WHERE finished IS NULL AND status IN ('running', 'waiting') AND machine = ANY($1)
-			AND epoch <> $2 AND epoch NOT IN (SELECT epoch FROM BOOTS WHERE alive_until > CLOCK) LIMIT $3 FOR UPDATE SKIP LOCKED`),
+			AND epoch <> $2 AND EXISTS (SELECT 1 FROM BOOTS WHERE epoch = $2 AND alive_until > CLOCK) AND epoch NOT IN (SELECT epoch FROM BOOTS WHERE alive_until > CLOCK) LIMIT $3 FOR UPDATE SKIP LOCKED`),
 		adopt: sql(`UPDATE KEYS SET epoch = $3, version = version + 1, nonce = $4 WHERE id = $1 AND scope = $2 RETURNING COLUMNS`),
 
 		settle: sql(`INSERT INTO KEYS (id, scope, machine, status, incarnation, version, epoch, finished, nonce, record)
