@@ -61,6 +61,10 @@ var (
 	// refused before unfinished ones run out of room.
 	ErrStorageFull = errors.New("keystate: storage is full")
 
+	// ErrRejected: the store turned a transaction down as it ended, for what had been written in it: a constraint that is checked then, a
+	// statement that had been put off until then. Nothing was written. For a key it is a failure of the phase that wrote.
+	ErrRejected = errors.New("keystate: the transaction was rejected")
+
 	// ErrOutcomeUnknown: a write failed in a way that leaves open whether it is on disk. The engine refuses
 	// further work; opening the store again finds out.
 	ErrOutcomeUnknown = errors.New("keystate: outcome unknown")

@@ -67,6 +67,20 @@ func refusesWrites(err error) bool {
 	return said.Code == readOnly || said.Code == notSupported && (said.Routine == "call_enum_check_hook" || said.Routine == "GetSerializableTransactionSnapshot")
 }
 
+// faulted says whether the server refused a commit for what was written, such as a constraint that is checked only then. What remains is the server's
+// own trouble: no room or memory, an operator, its files, itself.
+func faulted(err error) bool {
+	c := code(err)
+	if c == "" {
+		return false
+	}
+	switch c[:2] {
+	case "53", "57", "58", "XX":
+		return false
+	}
+	return true
+}
+
 func missing(err error) bool {
 	c := code(err)
 	return c == undefinedTable || c == invalidSchema

@@ -3,6 +3,7 @@ package postgres
 import (
 	"context"
 	"errors"
+	"fmt"
 
 	"example.com/keystate"
 	"github.com/jackc/pgx/v5"
@@ -11,8 +12,8 @@ import (
 
 // A txn is a transaction of the store: a pgx.Tx for the program, and for the engine what it knows beside it.
 //
-// Each trip to the server costs time while rows are locked, and the server's own. So BEGIN travels with the first statement, and the
-// last write of the engine with COMMIT.
+// Each trip to the server costs time while rows are locked, and the server's own. So BEGIN travels with the first statement, the
+// last write of the engine with COMMIT, and what a phase queues with whatever is sent next.
 type txn struct {
 	tx      pgx.Tx // nil until the first statement
 	conn    *line
@@ -22,9 +23,10 @@ type txn struct {
 	nonce   []byte         // of this run of the transaction
 	last    int64          // the last number given to a finished record
 	written []keystate.Key // whose rows bear the nonce
-	parting *write         // what goes with COMMIT
-	fate    error          // what ended the transaction on the server, or the connection; whatever the program makes of it
-	failed  error          // what the last statement that failed was told
+	queued  []*pgx.QueuedQuery
+	parting *write // what goes with COMMIT
+	fate    error  // what ended the transaction on the server, or the connection; whatever the program makes of it
+	failed  error  // what the last statement that failed was told
 	reading bool
 	ended   bool
 }
@@ -42,21 +44,42 @@ func (t *txn) heard(err error) error {
 	return err
 }
 
-// begun is the transaction in pgx's own form.
+// begun is the transaction in pgx's own form; what was queued is done by then.
 func (t *txn) begun(ctx context.Context) (pgx.Tx, error) {
 	if t.ended {
 		return nil, pgx.ErrTxClosed
 	}
 	var err error
-	if t.tx == nil {
+	switch {
+	case len(t.queued) > 0:
+		var results pgx.BatchResults
+		results, err = t.send(ctx, func(*pgx.Batch) {})
+		err = firstOf(err, results.Close())
+	case t.tx == nil:
 		t.tx, err = t.conn.BeginTx(ctx, t.options)
 	}
 	return t.tx, t.heard(err)
 }
 
-// leads says whether BEGIN can go with a statement: one with arguments, and no options but a rewriter.
-func (t *txn) leads(args []any) bool {
-	if t.tx != nil || t.ended || len(args) == 0 {
+// Queue runs a statement whose result a phase does not need: it goes to the server with the next statement of the transaction, or with its
+// commit, and spares a trip. If it fails, so does what it goes with; a commit that fails for it is an error of the phase. What has to be true of its effect is for a
+// constraint to say, since nobody looks at how many rows it changed. In a transaction that is none of a [Store]'s it is run at once.
+func Queue(ctx context.Context, tx pgx.Tx, sql string, args ...any) error {
+	t, ok := tx.(*txn)
+	if !ok {
+		_, err := tx.Exec(ctx, sql, args...)
+		return err
+	}
+	if t.ended {
+		return pgx.ErrTxClosed
+	}
+	t.queued = append(t.queued, &pgx.QueuedQuery{SQL: sql, Arguments: args})
+	return nil
+}
+
+// follows says whether something is to be sent ahead of a statement, and whether it can go in one trip: with arguments, and no options but a rewriter.
+func (t *txn) follows(args []any) bool {
+	if t.tx != nil && len(t.queued) == 0 || t.ended || len(args) == 0 {
 		return false
 	}
 	switch args[0].(type) {
@@ -66,22 +89,38 @@ func (t *txn) leads(args []any) bool {
 	return true
 }
 
-// lead sends BEGIN, with what is queued behind it.
-func (t *txn) lead(ctx context.Context, queue func(b *pgx.Batch)) pgx.BatchResults {
+// send sends what there is to send, in one trip: BEGIN, what a phase has queued, and what is queued now, of which the results are returned.
+func (t *txn) send(ctx context.Context, queue func(b *pgx.Batch)) (results pgx.BatchResults, err error) {
 	var b pgx.Batch
-	b.BeginTx(t.options)
+	ahead := t.queued
+	t.queued = nil
+	if t.tx == nil {
+		b.BeginTx(t.options)
+	}
+	b.QueuedQueries = append(b.QueuedQueries, ahead...)
 	queue(&b)
-	results := t.conn.SendBatch(ctx, &b)
-	t.tx = results.Tx()
-	results.Exec() // of BEGIN; if it fails, so does what follows
-	return results
+	if t.tx == nil {
+		results = t.conn.SendBatch(ctx, &b)
+		t.tx = results.Tx()
+		results.Exec() // of BEGIN; if it fails, so does what follows
+	} else {
+		results = t.tx.SendBatch(ctx, &b)
+	}
+	for range ahead {
+		if _, err = results.Exec(); err != nil {
+			return results, t.rejected(err)
+		}
+	}
+	return results, nil
 }
 
 // Exec runs a statement.
 func (t *txn) Exec(ctx context.Context, sql string, args ...any) (tag pgconn.CommandTag, err error) {
-	if t.leads(args) {
-		results := t.lead(ctx, func(b *pgx.Batch) { b.Queue(sql, args...) })
-		tag, err = results.Exec()
+	if t.follows(args) {
+		results, err := t.send(ctx, func(b *pgx.Batch) { b.Queue(sql, args...) })
+		if err == nil {
+			tag, err = results.Exec()
+		}
 		return tag, t.heard(firstOf(err, results.Close()))
 	}
 	tx, err := t.begun(ctx)
@@ -94,17 +133,25 @@ func (t *txn) Exec(ctx context.Context, sql string, args ...any) (tag pgconn.Com
 
 // Query runs a statement that returns rows.
 func (t *txn) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
-	if t.leads(args) {
-		results := t.lead(ctx, func(b *pgx.Batch) { b.Queue(sql, args...) })
+	if t.follows(args) {
+		results, err := t.send(ctx, func(b *pgx.Batch) { b.Queue(sql, args...) })
+		if err != nil {
+			results.Close()
+			return failedRows(err)
+		}
 		found, err := results.Query()
 		return &rows{Rows: found, txn: t, results: results}, t.heard(err)
 	}
 	tx, err := t.begun(ctx)
 	if err != nil {
-		return pgx.FailedBatchResults(new(pgx.Batch), err).Query()
+		return failedRows(err)
 	}
 	found, err := tx.Query(ctx, sql, args...)
 	return &rows{Rows: found, txn: t}, t.heard(err)
+}
+
+func failedRows(err error) (pgx.Rows, error) {
+	return pgx.FailedBatchResults(new(pgx.Batch), err).Query()
 }
 
 // QueryRow runs a statement that returns a row.
@@ -115,8 +162,13 @@ func (t *txn) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
 
 // SendBatch sends several statements at once.
 func (t *txn) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchResults {
-	if t.tx == nil && !t.ended {
-		return t.lead(ctx, func(all *pgx.Batch) { all.QueuedQueries = append(all.QueuedQueries, b.QueuedQueries...) })
+	if (t.tx == nil || len(t.queued) > 0) && !t.ended {
+		results, err := t.send(ctx, func(all *pgx.Batch) { all.QueuedQueries = append(all.QueuedQueries, b.QueuedQueries...) })
+		if err != nil {
+			results.Close()
+			return pgx.FailedBatchResults(b, err)
+		}
+		return results
 	}
 	tx, err := t.begun(ctx)
 	if err != nil {
@@ -185,47 +237,50 @@ func (t *txn) Rollback(ctx context.Context) error {
 	return t.tx.Rollback(ctx)
 }
 
-// commit commits, with the last write if there is one.
+// commit sends what is still queued, the last write if there is one, and COMMIT. Where one fails, the server does not get as far as the commit.
 func (t *txn) commit(ctx context.Context) error {
 	switch {
 	case t.ended:
 		return pgx.ErrTxClosed
-	case t.parting != nil:
-		return t.part(ctx)
-	case t.tx != nil:
-		t.ended = true
-		return t.tx.Commit(ctx)
+	case t.tx == nil && t.parting == nil && len(t.queued) == 0:
+		return nil
 	}
-	return nil
-}
-
-// part sends the last write and COMMIT: where the write fails, the server does not get as far as the commit.
-func (t *txn) part(ctx context.Context) error {
-	queue := func(b *pgx.Batch) {
-		b.Queue(t.parting.sql, t.parting.args...)
+	results, err := t.send(ctx, func(b *pgx.Batch) {
+		if t.parting != nil {
+			b.Queue(t.parting.sql, t.parting.args...)
+		}
 		b.Queue("commit")
+	})
+	if err == nil && t.parting != nil {
+		_, err = t.parting.result(results.QueryRow())
 	}
-	var results pgx.BatchResults
-	if t.tx == nil {
-		results = t.lead(ctx, queue)
-	} else {
-		var b pgx.Batch
-		queue(&b)
-		results = t.tx.SendBatch(ctx, &b)
-	}
-	if _, err := t.parting.result(results.QueryRow()); err != nil {
+	if err != nil {
 		results.Close()
 		return err
 	}
 	tag, err := results.Exec()
-	if err = firstOf(err, results.Close()); err != nil {
+	if err = firstOf(err, results.Close()); faulted(err) {
+		err = t.rejected(err)
+	}
+	if err != nil {
 		return err
 	}
 	t.ended = true
 	if tag.String() == "ROLLBACK" {
-		return pgx.ErrTxCommitRollback
+		return t.rejected(pgx.ErrTxCommitRollback)
 	}
 	return nil
+}
+
+// rejected is the error of a transaction that fails for what the program did in it. One that the server has to be asked for again is none; nor is
+// one with which the connection has gone, and perhaps the commit, unless it is known not to have been sent.
+func (t *txn) rejected(err error) error {
+	t.heard(err)
+	var unsent pgx.ErrPreprocessingBatch
+	if t.fate != nil || code(err) == "" && t.conn.Conn().PgConn().IsClosed() && !errors.As(err, &unsent) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", keystate.ErrRejected, err)
 }
 
 // leave gives the connection back, and undoes what has not been committed.

@@ -80,7 +80,7 @@ func (s *Store) try(ctx context.Context, fn func(tx pgx.Tx) error) error {
 		return s.demoted(err)
 	}
 	err = t.commit(ctx)
-	if err == nil || code(err) != "" && !cutOff(err) || errors.Is(err, keystate.ErrFenced) || errors.Is(err, pgx.ErrTxCommitRollback) || errors.Is(err, pgx.ErrTxClosed) {
+	if err == nil || code(err) != "" && !cutOff(err) || errors.Is(err, keystate.ErrFenced) || errors.Is(err, keystate.ErrRejected) || errors.Is(err, pgx.ErrTxClosed) {
 		return s.demoted(err)
 	}
 	return s.settle(ctx, t, t.conn.reason(err))

@@ -59,8 +59,9 @@ type station interface {
 }
 
 var contenders = []contender{
-	{"keystate", openEngine(pgx.Serializable)},
-	{"keystate, READ COMMITTED", openEngine(pgx.ReadCommitted)},
+	{"keystate", openEngine(pgx.Serializable, queuedWrites)},
+	{"keystate, READ COMMITTED", openEngine(pgx.ReadCommitted, queuedWrites)},
+	{"keystate, writes not queued", openEngine(pgx.Serializable, threePhases)},
 	{"by hand, SERIALIZABLE", openByHand(inTransactions{isolation: pgx.Serializable})},
 	{byHand, openByHand(inTransactions{isolation: pgx.ReadCommitted, lock: true})},
 	{"by hand, READ COMMITTED, no SELECT FOR UPDATE", openByHand(inTransactions{isolation: pgx.ReadCommitted})},

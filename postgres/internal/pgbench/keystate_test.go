@@ -34,10 +34,22 @@ var threePhases = []keystate.Phase[pgx.Tx, order]{
 	}},
 }
 
-func openEngine(isolation pgx.TxIsoLevel) func(testing.TB, string, int) station {
+// queuedWrites are the same phases, whose writes go with the commits.
+var queuedWrites = []keystate.Phase[pgx.Tx, order]{
+	{To: "funds_reserved", Commit: func(ctx context.Context, tx pgx.Tx, s *order) error {
+		return postgres.Queue(ctx, tx, insertOrder, s.Account+"/reserved", businessRow)
+	}},
+	threePhases[1],
+	{To: keystate.Finished, Commit: func(ctx context.Context, tx pgx.Tx, s *order) error {
+		s.Receipt = receipt
+		return postgres.Queue(ctx, tx, insertOrder, s.Account+"/settled", businessRow)
+	}},
+}
+
+func openEngine(isolation pgx.TxIsoLevel, phases []keystate.Phase[pgx.Tx, order]) func(testing.TB, string, int) station {
 	return func(tb testing.TB, dsn string, connections int) station {
 		tb.Helper()
-		return newEngine(tb, dsn, connections, isolation, threePhases, keystate.Options{})
+		return newEngine(tb, dsn, connections, isolation, phases, keystate.Options{})
 	}
 }
 
