@@ -10,8 +10,10 @@
 //
 //	postgres.go  Open, New, Options
 //	schema.go    the tables, and how they come to be there
+//	tx.go        a transaction: what goes to the server together
 //	update.go    transactions: run again, undone, or settled when the connection was lost in the middle of a commit
 //	keys.go      the records in a transaction
+//	line.go      a connection, hung up on when its server says nothing
 //	lease.go     who holds what
 //	errors.go    what PostgreSQL's errors mean
 package postgres
