@@ -577,8 +577,6 @@ func (j *journey[Tx]) commit(l leg) error {
 		case err == nil:
 			j.arrive(&t, time.Since(began))
 			return nil
-		case failed != nil && t.commits > 1 && errors.Is(err, ErrRejected): // of one of them: now each goes by itself
-			l.stop, l.closing = failed.phase, nil
 		case failed != nil:
 			return j.carryOn(l, failed)
 		case l.request != nil && errors.Is(err, ErrFenced): // somebody else has made the key
@@ -609,19 +607,18 @@ func (j *journey[Tx]) carryOn(l leg, failed *phaseFailure) error {
 // A trip is one call of Update along a leg; the store may run it more than once.
 type trip[Tx any] struct {
 	*journey[Tx]
-	leg     leg
-	at      int    // the phase whose commit is running
-	last    int    // the last one that committed something
-	commits int    // how many did
-	left    []byte // the state after them
-	next    Record
-	outbox  outbox
-	took    []time.Duration // in each phase's commit
+	leg    leg
+	at     int    // the phase whose commit is running
+	last   int    // the last one whose commit has run
+	left   []byte // the state after it
+	next   Record
+	outbox outbox
+	took   []time.Duration // in each phase's commit
 }
 
 // transact is what happens in the transaction.
 func (t *trip[Tx]) transact(tx Tx) error {
-	t.at, t.commits, t.outbox, t.took = -1, 0, outbox{owner: t.shared.key}, t.took[:0]
+	t.at, t.last, t.outbox, t.took = -1, -1, outbox{owner: t.shared.key}, t.took[:0]
 	keys := t.engine.store.Keys(tx)
 	r, err := t.depart()
 	if err != nil {
@@ -674,7 +671,6 @@ func (t *trip[Tx]) phasesIn(tx Tx, keys Keys) (end int, state []byte, err error)
 				}
 			}
 			t.last = i
-			t.commits++
 			err := t.commitPhase(i, tx, s)
 			if err == nil {
 				err = check(keys) // or it would seem to be the store that fails, and for ever
@@ -759,7 +755,7 @@ func (t *trip[Tx]) failure(err error) *phaseFailure {
 		return nil
 	case errors.As(err, &failed):
 		return failed
-	case errors.Is(err, ErrRejected) && t.commits > 0:
+	case errors.Is(err, ErrRejected) && t.last >= 0: // if it was for an earlier phase's writes, what is left without this one's is rejected, too
 		return &phaseFailure{phase: t.last, err: err, state: t.left}
 	case t.at >= 0: // it never came back: runtime.Goexit
 		return &phaseFailure{phase: t.at, err: err}

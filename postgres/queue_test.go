@@ -92,7 +92,6 @@ func TestQueueRunsAtOnceInATransactionOfAnotherOrigin(t *testing.T) {
 
 // What is found out only at the end of a transaction is the failure of the phase that wrote it, also when others share the transaction.
 func TestWhatACommitIsRejectedForIsTheFailureOfThePhaseThatWroteIt(t *testing.T) {
-	write := func(ctx context.Context, tx pgx.Tx, name string) error { return queueOne(ctx, tx, name) }
 	for _, c := range []struct {
 		name, says string
 		reject     func(ctx context.Context, tx pgx.Tx) error
@@ -120,12 +119,12 @@ func TestWhatACommitIsRejectedForIsTheFailureOfThePhaseThatWroteIt(t *testing.T)
 					t.Fatal(err)
 				}
 				sound := func(name string) keystate.Phase[pgx.Tx, payment] {
-					return keystate.Phase[pgx.Tx, payment]{To: keystate.RecoveryPoint(name), Commit: func(ctx context.Context, tx pgx.Tx, _ *payment) error { return write(ctx, tx, name) }}
+					return keystate.Phase[pgx.Tx, payment]{To: keystate.RecoveryPoint(name), OnError: keystate.Fail, Commit: func(ctx context.Context, tx pgx.Tx, _ *payment) error { return queueOne(ctx, tx, name) }}
 				}
 				phases := []keystate.Phase[pgx.Tx, payment]{
 					{To: "rejected", OnError: keystate.Fail, Commit: func(ctx context.Context, tx pgx.Tx, _ *payment) error { return c.reject(ctx, tx) }},
 					sound("after"),
-					{To: keystate.Finished, Commit: func(ctx context.Context, tx pgx.Tx, _ *payment) error { return write(ctx, tx, "finished") }},
+					sound(string(keystate.Finished)),
 				}
 				left := ""
 				if second {
