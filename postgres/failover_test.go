@@ -96,12 +96,14 @@ func kindOf(err error) string {
 			kinds = append(kinds, known.Error())
 		}
 	}
-	switch {
-	case errors.As(err, &refused):
+	isRefused, isSaid := errors.As(err, &refused), errors.As(err, &said)
+	if isRefused {
 		kinds = append(kinds, "no connection")
-	case errors.As(err, &said):
+	}
+	if isSaid {
 		kinds = append(kinds, said.Code+" "+said.Message)
-	default:
+	}
+	if !isRefused && !isSaid {
 		kinds = append(kinds, err.Error()[max(0, len(err.Error())-40):])
 	}
 	return strings.Join(kinds, ", ")

@@ -23,7 +23,12 @@ var outage = flag.Duration("outage", 8*time.Second, "how long the server is away
 func besieged(t *testing.T, dsn string, o postgres.Options) (*relay, *ledger, *bank) {
 	t.Helper()
 	b, r := &bank{}, newRelay(t, dsn)
-	l := besiege(openOffices(t, pgtest.With(r.dsn, "connect_timeout", "1"), 2, b, o), 8)
+	l := besiege(openOffices(t, pgtest.With(r.dsn, "connect_timeout", "5"), 2, b, o), 8)
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Log(l)
+		}
+	})
 	l.awaitAnswers(t, 20)
 	return r, l, b
 }
@@ -90,7 +95,7 @@ func TestAFrozenPrimaryIsGivenUpForTheOneThatTakesItsPlace(t *testing.T) {
 	t.Parallel()
 	pair := pgtest.StartPair(t, pgtest.FsyncOff)
 	dsn, b := pgtest.With(withProgramTable(t, pair.Database(t)), "connect_timeout", "1"), &bank{}
-	l := besiege(openOffices(t, dsn, 2, b, postgres.Options{TransactionTimeout: time.Second}), 8)
+	l := besiege(openOffices(t, dsn, 2, b, postgres.Options{TransactionTimeout: 3 * time.Second}), 8)
 	l.awaitAnswers(t, 20)
 	if err := pair.Primary.Freeze(); err != nil {
 		t.Fatal(err)
@@ -278,7 +283,7 @@ func TestWhoWaitsForTheServerLosesItsKeysAndWritesNothing(t *testing.T) {
 // The address leads to a standby before that is promoted.
 func TestAStandbyBehindTheAddressIsLeftUntilItIsPromoted(t *testing.T) {
 	t.Parallel()
-	pair := pgtest.StartPair(t, pgtest.FsyncOff, pgtest.TCP)
+	pair := pgtest.StartPair(t, pgtest.FsyncOff, pgtest.RemoteApply) // or it may not know the database yet
 	dsn := withProgramTable(t, pair.Database(t))
 	database := nameOf(t, dsn)
 	r, l, b := besieged(t, pair.Primary.DSN(database), postgres.Options{})

@@ -37,7 +37,7 @@ type Options struct {
 
 	// TransactionTimeout is how long one run of a transaction may take, and how long a connection is waited for. Then the connection is given up as a lost
 	// one is: a server that is frozen, or a network that swallows what is sent, never says that it is. A phase's Commit that takes
-	// longer never takes effect. Default: 30 s; negative: for ever.
+	// longer never takes effect. It must be enough to connect by way of hosts that do not answer. Default: 30 s; negative: for ever.
 	TransactionTimeout time.Duration
 
 	// NoMigration leaves the tables to the program's own migrations, see [Schema]. Default: the store makes them.

@@ -102,8 +102,9 @@ func (r *relay) serve(client net.Conn) {
 		return
 	}
 	defer server.Close()
-	r.note(client, clients)
-	r.note(server, servers)
+	if !r.note(to, client, server) {
+		return
+	}
 	var ways sync.WaitGroup
 	ways.Go(func() { r.pass(client, server) })
 	ways.Go(func() { r.pass(server, client) })
@@ -114,10 +115,17 @@ func (r *relay) serve(client net.Conn) {
 	delete(r.open, server)
 }
 
-func (r *relay) note(conn net.Conn, side side) {
+// note says whether a connection still leads where it should.
+func (r *relay) note(to string, client, server net.Conn) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.open[conn], r.swallowed[conn] = side, side&r.swallows != 0
+	if to != r.to {
+		return false
+	}
+	for conn, side := range map[net.Conn]side{client: clients, server: servers} {
+		r.open[conn], r.swallowed[conn] = side, side&r.swallows != 0
+	}
+	return true
 }
 
 func (r *relay) pass(from, to net.Conn) {
