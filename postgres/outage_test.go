@@ -13,6 +13,7 @@ import (
 	"example.com/keystate/internal/pgtest"
 	"example.com/keystate/postgres"
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 )
 
 // What becomes of callers while the server is away, or says nothing.
@@ -165,6 +166,40 @@ func TestACommitThatIsSwallowedIsSettled(t *testing.T) {
 				t.Errorf("after %d runs: %v", runs, err)
 			}
 		})
+	}
+}
+
+// Who settles a commit needs a connection, and must not hold the one on which the commit was lost.
+func TestACommitIsSettledThoughThePoolHasOneConnection(t *testing.T) {
+	proxy := pgtest.NewProxy(t, pgtest.Database(t))
+	pool, err := pgxpool.New(t.Context(), pgtest.With(proxy.DSN(), "pool_max_conns", "1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pool.Close()
+	s, err := postgres.New(t.Context(), pool, &postgres.Options{Logger: quiet, TransactionTimeout: time.Minute})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if _, _, err := s.Boot(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	cut := proxy.Cut(pgtest.AfterRequest, pgtest.Runs("commit"))
+	updated := make(chan error, 1)
+	go func() {
+		updated <- s.Update(context.Background(), func(tx pgx.Tx) error {
+			put := claimed("key")
+			return s.Keys(tx).Put(&put)
+		})
+	}()
+	select {
+	case err := <-updated:
+		if err != nil || !cut.Happened() {
+			t.Errorf("cut: %v, %v", cut.Happened(), err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("it waits for itself")
 	}
 }
 

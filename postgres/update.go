@@ -75,15 +75,24 @@ func (s *Store) try(ctx context.Context, fn func(tx pgx.Tx) error) error {
 	if err != nil {
 		return err
 	}
+	lost, err := t.through(ctx, fn)
+	if lost != nil {
+		return s.settle(ctx, t, lost) // with the connection given back: it takes one, and all those there are may have been lost in commits
+	}
+	return s.demoted(err)
+}
+
+// through runs fn and commits. It returns what has cut the commit off, or else what has come of it.
+func (t *txn) through(ctx context.Context, fn func(tx pgx.Tx) error) (lost, err error) {
 	defer t.leave() // also when fn ends the goroutine
 	if err := t.run(fn); err != nil {
-		return s.demoted(err)
+		return nil, err
 	}
 	err = t.commit(ctx)
 	if err == nil || code(err) != "" && !cutOff(err) || errors.Is(err, keystate.ErrFenced) || errors.Is(err, keystate.ErrRejected) || errors.Is(err, pgx.ErrTxClosed) {
-		return s.demoted(err)
+		return nil, err
 	}
-	return s.settle(ctx, t, t.conn.reason(err))
+	return t.conn.reason(err), nil
 }
 
 // run runs fn. Whatever fn makes of it, a transaction that the server has ended, or whose connection is lost, ends with that.
