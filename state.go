@@ -211,83 +211,84 @@ type transition struct {
 	from []Status
 	to   []Status // where it may lead; docs/states.md draws it
 	does string
-	do   func(*Record, event) error
+	do   func(Record, event) (Record, error)
 }
 
 // transitions is the whole life of a key. What is not in it is illegal.
 var transitions = []transition{
 	{begin, []Status{absent}, []Status{Running},
 		"A client's request claims a new key.",
-		func(r *Record, e event) error {
+		func(r Record, e event) (Record, error) {
 			r.create(e)
 			r.Status, r.Epoch = Running, e.epoch
-			return nil
+			return r, nil
 		}},
 	{stage, []Status{absent}, []Status{Waiting},
 		"Another key's commit starts this one; the engine takes it up by itself.",
-		func(r *Record, e event) error {
+		func(r Record, e event) (Record, error) {
 			r.create(e)
 			r.Status, r.Epoch, r.Due = Waiting, e.epoch, e.at
-			return nil
+			return r, nil
 		}},
 	{claim, []Status{Waiting, Running}, []Status{Running},
 		"An engine takes up a waiting key, or one that its last holder left behind. A claim by an older boot is fenced.",
-		func(r *Record, e event) error {
+		func(r Record, e event) (Record, error) {
 			if e.epoch < r.Epoch && !e.vacant {
-				return ErrFenced
+				return r, ErrFenced
 			}
 			r.Status, r.Epoch, r.Due = Running, e.epoch, time.Time{}
-			return nil
+			return r, nil
 		}},
 	{rename, []Status{Running, Waiting, Parked}, []Status{Running, Waiting, Parked},
 		"A deploy gave the point another name; the key rests where it rested.",
-		func(r *Record, e event) error {
+		func(r Record, e event) (Record, error) {
 			r.Point = e.point
 			r.History[len(r.History)-1].Point = e.point
-			return nil
+			return r, nil
 		}},
 	{forget, []Status{Running}, []Status{Running},
 		"A deploy put another phase next; of the one that had begun nothing has left the store.",
-		func(r *Record, e event) error {
+		func(r Record, e event) (Record, error) {
 			r.Begun, r.Attempts = "", 0
-			return nil
+			return r, nil
 		}},
 	{try, []Status{Running}, []Status{Running},
 		"An attempt at the next phase is counted, before it runs.",
-		func(r *Record, e event) error {
+		func(r Record, e event) (Record, error) {
 			r.Attempts++
 			r.Begun = cmp.Or(r.Begun, e.point)
 			if e.sent && (r.FirstTried.IsZero() || r.Resend) {
 				r.FirstTried, r.Resend = e.at, false
 			}
-			return nil
+			return r, nil
 		}},
 	{act, []Status{Running}, []Status{Running},
 		"The effect is done and its result is kept, while its commit is still owed.",
-		func(r *Record, e event) error {
+		func(r Record, e event) (Record, error) {
 			r.Acted, r.State = true, e.state
-			return nil
+			return r, nil
 		}},
 	{reach, []Status{Running}, []Status{Running, Answered},
 		"A phase's commit takes effect: the key rests on a new recovery point. Finished is the last.",
-		func(r *Record, e event) error {
-			return r.arrive(e)
+		func(r Record, e event) (Record, error) {
+			err := r.arrive(e)
+			return r, err
 		}},
 	{fail, []Status{Running}, []Status{Running},
 		"An attempt failed; the run will try again.",
-		func(r *Record, e event) error {
+		func(r Record, e event) (Record, error) {
 			r.LastError = clip(e.err)
-			return nil
+			return r, nil
 		}},
 	{wait, []Status{Running}, []Status{Waiting},
 		"The run gives up for now; the key is due later.",
-		func(r *Record, e event) error {
+		func(r Record, e event) (Record, error) {
 			r.Status, r.Due = Waiting, e.due
-			return nil
+			return r, nil
 		}},
 	{release, []Status{Running}, []Status{Waiting},
 		"The engine closes before the attempt ended: the attempt is given back.",
-		func(r *Record, e event) error {
+		func(r Record, e event) (Record, error) {
 			r.Status, r.Due = Waiting, e.at
 			r.Attempts = max(0, r.Attempts-1)
 			if !e.sent {
@@ -296,46 +297,45 @@ var transitions = []transition{
 			if r.Attempts == 0 && r.FirstTried.IsZero() {
 				r.Begun = ""
 			}
-			return nil
+			return r, nil
 		}},
 	{park, []Status{Running, Waiting}, []Status{Parked},
 		"Nothing but an operator or a deploy can carry the key on.",
-		func(r *Record, e event) error {
+		func(r Record, e event) (Record, error) {
 			r.Status, r.ParkReason, r.Due = Parked, e.reason, time.Time{}
 			if e.err != "" {
 				r.LastError = clip(e.err)
 			}
-			return nil
+			return r, nil
 		}},
 	{refuse, []Status{Running}, []Status{Answered},
 		"A phase fails for good: that is the answer. The state is kept as the phase left it.",
-		func(r *Record, e event) error {
+		func(r Record, e event) (Record, error) {
 			if e.state != nil {
 				r.State = e.state
 			}
 			r.conclude(e)
-			return nil
+			return r, nil
 		}},
 	{retry, []Status{Parked}, []Status{Waiting},
 		"An operator lets the key go on, with its attempts counted anew.",
-		func(r *Record, e event) error {
+		func(r Record, e event) (Record, error) {
 			unsure := r.ParkReason == Indeterminate || r.ParkReason == TokenExpired
 			r.Resend = unsure && !e.asks && !r.FirstTried.IsZero()
 			r.Status, r.Due, r.ParkReason, r.Attempts = Waiting, e.at, "", 0
 			r.Epoch = e.epoch
-			return nil
+			return r, nil
 		}},
 	{abandon, []Status{Parked}, []Status{Answered},
 		"An operator ends the key with a reason: that is the answer.",
-		func(r *Record, e event) error {
+		func(r Record, e event) (Record, error) {
 			r.conclude(e)
-			return nil
+			return r, nil
 		}},
 	{reap, []Status{Answered}, []Status{absent},
 		"The retention has passed, or the request is withdrawn. A later use of the key is a new request.",
-		func(r *Record, e event) error {
-			*r = Record{}
-			return nil
+		func(r Record, e event) (Record, error) {
+			return Record{}, nil
 		}},
 }
 
@@ -350,7 +350,8 @@ func (r Record) next(events ...event) (Record, error) {
 		if t == nil {
 			return r, fmt.Errorf("%w: %s: %q does not happen to a key that is %q", errIllegal, r.Key, e.kind, r.Status)
 		}
-		if err := t.do(&r, e); err != nil {
+		var err error
+		if r, err = t.do(r, e); err != nil {
 			return r, err
 		}
 	}
@@ -371,7 +372,7 @@ func (r *Record) create(e event) {
 	*r = Record{
 		Key: e.key, Machine: e.machine, Point: Started, State: e.state,
 		Fingerprint: e.fingerprint, Incarnation: e.incarnation, Created: e.at,
-		History: []Passage{{Point: Started, At: e.at}},
+		History: append(r.History, Passage{Point: Started, At: e.at}),
 	}
 }
 
