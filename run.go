@@ -149,12 +149,25 @@ type journey[Tx any] struct {
 	err    error // of the last attempt, for the caller
 
 	commitCtx context.Context
+	trip      trip[Tx] // the last leg's
 }
 
 // travel carries a key as far as it goes. One that is known is taken up; a request makes it if it is not there.
 func (m *machine[Tx]) travel(r *run, request []byte) {
-	j := &journey[Tx]{machine: m, shared: r}
+	j, again := m.engine.journeys.Get().(*journey[Tx])
+	if !again {
+		j = new(journey[Tx])
+	}
+	j.machine, j.shared = m, r
 	j.walk(func() error { return j.setOut(request) })
+}
+
+// part lets another run have the journey's memory.
+func (j *journey[Tx]) part() {
+	e, t := j.engine, &j.trip
+	clear(t.events[:cap(t.events)])
+	*j = journey[Tx]{trip: trip[Tx]{events: t.events, took: t.took}}
+	e.journeys.Put(j)
 }
 
 // walk makes one step after another, of which the first is given. A phase that calls runtime.Goexit ends the goroutine
@@ -193,6 +206,7 @@ func (j *journey[Tx]) end(err error) {
 		r.err = j.stopped(j.record, j.err)
 	}
 	j.engine.dismiss(r)
+	j.part()
 }
 
 func (r *run) announce() {
@@ -568,15 +582,16 @@ func (f *phaseFailure) Unwrap() error { return f.err }
 // with what the failure means.
 func (j *journey[Tx]) commit(l leg) error {
 	for {
-		t := trip[Tx]{journey: j, leg: l, at: -1}
+		t := j.embark(l)
 		began := time.Now()
-		j.onExit = func() error { return j.carryOn(l, t.failure(errGoexit)) }
+		j.onExit = t.lost
 		err := j.engine.store.Update(context.Background(), t.transact)
+		if err == nil {
+			j.arrive(t, time.Since(began))
+			return nil
+		}
 		failed := t.failure(err)
 		switch {
-		case err == nil:
-			j.arrive(&t, time.Since(began))
-			return nil
 		case failed != nil:
 			return j.carryOn(l, failed)
 		case l.request != nil && errors.Is(err, ErrFenced): // somebody else has made the key
@@ -613,8 +628,18 @@ type trip[Tx any] struct {
 	left   []byte // the state after it
 	next   Record
 	outbox outbox
+	events []event
 	took   []time.Duration // in each phase's commit
 }
+
+// embark begins a leg, in the memory of the one before.
+func (j *journey[Tx]) embark(l leg) *trip[Tx] {
+	j.trip = trip[Tx]{journey: j, leg: l, at: -1, events: j.trip.events, took: j.trip.took}
+	return &j.trip
+}
+
+// lost goes on with a leg whose goroutine has ended in a phase.
+func (t *trip[Tx]) lost() error { return t.carryOn(t.leg, t.failure(errGoexit)) }
 
 // transact is what happens in the transaction.
 func (t *trip[Tx]) transact(tx Tx) error {
@@ -630,15 +655,11 @@ func (t *trip[Tx]) transact(tx Tx) error {
 	if err != nil {
 		return err
 	}
-	events := t.arrivals(end, state)
-	if r, err = t.engine.rules.next(r, events...); err != nil {
+	t.events = t.arrivals(end, state)
+	if t.next, err = t.engine.rules.next(r, t.events...); err != nil {
 		return err
 	}
-	if err := putLast(keys, &r); err != nil {
-		return err
-	}
-	t.next = r
-	return nil
+	return putLast(keys, &t.next)
 }
 
 // depart is the record with which the leg begins: the stored one, or a new one. That a new one is there already shows when it is put.
@@ -731,7 +752,7 @@ func KeyOf(ctx context.Context) Key {
 // arrivals are the events of a leg that ends before phase end: the points reached, and what happens there.
 func (t *trip[Tx]) arrivals(end int, state []byte) []event {
 	at := t.engine.now()
-	events := make([]event, 0, end-t.leg.from+1+len(t.leg.closing))
+	events := t.events[:0]
 	for i := t.leg.from; i < end; i++ {
 		events = append(events, event{kind: reach, at: at, point: t.phases[i].to, state: state, err: t.leg.ignored[i]})
 	}
