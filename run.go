@@ -582,10 +582,13 @@ func (f *phaseFailure) Unwrap() error { return f.err }
 // with what the failure means.
 func (j *journey[Tx]) commit(l leg) error {
 	for {
-		t := j.embark(l)
+		t, err := j.embark(l)
+		if err != nil {
+			return err
+		}
 		began := time.Now()
 		j.onExit = t.lost
-		err := j.engine.store.Update(context.Background(), t.transact)
+		err = j.engine.store.Update(context.Background(), t.transact)
 		if err == nil {
 			j.arrive(t, time.Since(began))
 			return nil
@@ -623,6 +626,9 @@ func (j *journey[Tx]) carryOn(l leg, failed *phaseFailure) error {
 type trip[Tx any] struct {
 	*journey[Tx]
 	leg    leg
+	start  Record // with which the leg begins: the stored one, or a new one
+	end    int    // the phase before which the leg ends
+	ahead  any    // the state, decoded before the transaction for its first run: all others wait for those who are in it
 	at     int    // the phase whose commit is running
 	last   int    // the last one whose commit has run
 	left   []byte // the state after it
@@ -632,37 +638,24 @@ type trip[Tx any] struct {
 	took   []time.Duration // in each phase's commit
 }
 
-// embark begins a leg, in the memory of the one before.
-func (j *journey[Tx]) embark(l leg) *trip[Tx] {
-	j.trip = trip[Tx]{journey: j, leg: l, at: -1, events: j.trip.events, took: j.trip.took}
-	return &j.trip
+// embark prepares for a leg, in the memory of the one before.
+func (j *journey[Tx]) embark(l leg) (t *trip[Tx], err error) {
+	t = &j.trip
+	*t = trip[Tx]{journey: j, leg: l, at: -1, events: t.events, took: t.took}
+	if t.start, err = t.depart(); err != nil {
+		return t, err
+	}
+	writes := false
+	for t.end = l.from; t.goesThrough(t.end); t.end++ {
+		writes = writes || t.writesIn(t.end)
+	}
+	if writes {
+		t.ahead, err = t.unpack()
+	}
+	return t, err
 }
 
-// lost goes on with a leg whose goroutine has ended in a phase.
-func (t *trip[Tx]) lost() error { return t.carryOn(t.leg, t.failure(errGoexit)) }
-
-// transact is what happens in the transaction.
-func (t *trip[Tx]) transact(tx Tx) error {
-	t.at, t.last, t.outbox, t.took = -1, -1, outbox{owner: t.shared.key}, t.took[:0]
-	keys := t.engine.store.Keys(tx)
-	r, err := t.depart()
-	if err != nil {
-		return err
-	}
-	t.engine.openOutbox(tx, &t.outbox)
-	defer t.engine.closeOutbox(tx)
-	end, state, err := t.phasesIn(tx, keys)
-	if err != nil {
-		return err
-	}
-	t.events = t.arrivals(end, state)
-	if t.next, err = t.engine.rules.next(r, t.events...); err != nil {
-		return err
-	}
-	return putLast(keys, &t.next)
-}
-
-// depart is the record with which the leg begins: the stored one, or a new one. That a new one is there already shows when it is put.
+// depart is the record with which the leg begins. That a new one is there already shows when it is put.
 func (t *trip[Tx]) depart() (Record, error) {
 	if t.leg.request == nil {
 		return t.record, nil
@@ -673,22 +666,57 @@ func (t *trip[Tx]) depart() (Record, error) {
 	})
 }
 
-// phasesIn runs the commits of the leg. It returns the phase before which the leg ends, and the state there.
-func (t *trip[Tx]) phasesIn(tx Tx, keys Keys) (end int, state []byte, err error) {
-	var s any
-	i := t.leg.from
-	for ; i < t.leg.stop; i++ {
-		p := &t.phases[i]
-		_, skip := t.leg.ignored[i]
-		if p.effect != nil && !skip && !(i == t.leg.from && (t.leg.acted || t.record.Acted)) {
-			break
-		}
+// goesThrough says whether the leg, when it comes to phase i, goes on beyond: the phase has no effect that is still to be run.
+func (t *trip[Tx]) goesThrough(i int) bool {
+	if i >= t.leg.stop {
+		return false
+	}
+	_, skip := t.leg.ignored[i]
+	return t.phases[i].effect == nil || skip || i == t.leg.from && (t.leg.acted || t.record.Acted)
+}
+
+// writesIn says whether the leg runs the commit of phase i.
+func (t *trip[Tx]) writesIn(i int) bool {
+	_, skip := t.leg.ignored[i]
+	return t.phases[i].commit != nil && !skip
+}
+
+// unpack returns a fresh copy of the state.
+func (t *trip[Tx]) unpack() (any, error) {
+	s := t.fresh()
+	return s, decodeEncoded(t.leg.state, s)
+}
+
+// lost goes on with a leg whose goroutine has ended in a phase.
+func (t *trip[Tx]) lost() error { return t.carryOn(t.leg, t.failure(errGoexit)) }
+
+// transact is what happens in the transaction.
+func (t *trip[Tx]) transact(tx Tx) error {
+	t.at, t.last, t.outbox, t.took = -1, -1, outbox{owner: t.shared.key}, t.took[:0]
+	keys := t.engine.store.Keys(tx)
+	t.engine.openOutbox(tx, &t.outbox)
+	defer t.engine.closeOutbox(tx)
+	state, err := t.phasesIn(tx, keys)
+	if err != nil {
+		return err
+	}
+	t.events = t.arrivals(state)
+	if t.next, err = t.engine.rules.next(t.start, t.events...); err != nil {
+		return err
+	}
+	return putLast(keys, &t.next)
+}
+
+// phasesIn runs the commits of the leg, and returns the state at its end.
+func (t *trip[Tx]) phasesIn(tx Tx, keys Keys) (state []byte, err error) {
+	s := t.ahead
+	t.ahead = nil
+	for i := t.leg.from; i < t.end; i++ {
 		began := time.Now()
-		if p.commit != nil && !skip {
+		if t.writesIn(i) {
 			if s == nil {
-				s = t.fresh()
-				if err := decodeEncoded(t.leg.state, s); err != nil {
-					return i, nil, err
+				if s, err = t.unpack(); err != nil {
+					return nil, err
 				}
 			}
 			t.last = i
@@ -697,19 +725,19 @@ func (t *trip[Tx]) phasesIn(tx Tx, keys Keys) (end int, state []byte, err error)
 				err = check(keys) // or it would seem to be the store that fails, and for ever
 			}
 			if err != nil {
-				return i, nil, t.halted(i, err, s)
+				return nil, t.halted(i, err, s)
 			}
 		}
 		t.took = append(t.took, time.Since(began))
 	}
 	if s == nil { // no commit has touched it
-		return i, t.leg.state, nil
+		return t.leg.state, nil
 	}
 	if state, err = encodeState(s, t.limit()); err != nil {
-		return i, nil, t.halted(t.last, err, s)
+		return nil, t.halted(t.last, err, s)
 	}
 	t.left = state
-	return i, state, nil
+	return state, nil
 }
 
 // halted keeps the state as a failing phase left it, for a refusal to answer with.
@@ -749,9 +777,9 @@ func KeyOf(ctx context.Context) Key {
 	return Key{}
 }
 
-// arrivals are the events of a leg that ends before phase end: the points reached, and what happens there.
-func (t *trip[Tx]) arrivals(end int, state []byte) []event {
-	at := t.engine.now()
+// arrivals are the events of a leg: the points reached, and what happens at its end.
+func (t *trip[Tx]) arrivals(state []byte) []event {
+	at, end := t.engine.now(), t.end
 	events := t.events[:0]
 	for i := t.leg.from; i < end; i++ {
 		events = append(events, event{kind: reach, at: at, point: t.phases[i].to, state: state, err: t.leg.ignored[i]})
