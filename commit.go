@@ -63,6 +63,7 @@ type committer struct {
 	closed  bool
 	started bool
 	present atomic.Pointer[group] // what is being committed
+	former  sync.Pool             // *member, of calls that have ended
 	broken  atomic.Pointer[error] // fail-stop: why nothing more is committed
 	arena   []byte
 	told    func(Event)
@@ -97,7 +98,19 @@ func (c *committer) fail(err error) error {
 
 // Update commits fn with whoever else is in line.
 func (c *committer) Update(ctx context.Context, fn func(tx *bbolt.Tx) error) error {
-	m := &member{fn: fn, done: make(chan error, 1)}
+	m, again := c.former.Get().(*member)
+	if !again {
+		m = &member{done: make(chan error, 1)}
+	}
+	m.fn = fn
+	err := c.enlist(ctx, m)
+	m.fn, m.err = nil, nil
+	c.former.Put(m)
+	return err
+}
+
+// enlist waits for a member's answer. When it has one, or never stood in line, nobody else knows it any more.
+func (c *committer) enlist(ctx context.Context, m *member) error {
 	if c.commitAlone(m) {
 		return <-m.done
 	}

@@ -639,7 +639,8 @@ func answerEarly(store *boltStore) {
 	if g == nil || len(g.members) < 2 {
 		return
 	}
-	for _, m := range g.members {
+	for i, m := range g.members {
+		g.members[i] = &member{done: make(chan error, 1)} // for the answer that is yet to come: m may be another call's by then
 		m.done <- nil
 	}
 	for range 1000 { // they go on
