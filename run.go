@@ -650,7 +650,11 @@ func (j *journey[Tx]) embark(l leg) (t *trip[Tx], err error) {
 		writes = writes || t.writesIn(t.end)
 	}
 	if writes {
-		t.ahead, err = t.unpack()
+		j.onExit = func() error { return errGoexit }
+		err = j.guarded(func() error { // the state's type may decode itself
+			t.ahead, err = t.unpack()
+			return err
+		})
 	}
 	return t, err
 }
@@ -688,7 +692,13 @@ func (t *trip[Tx]) unpack() (any, error) {
 }
 
 // lost goes on with a leg whose goroutine has ended in a phase.
-func (t *trip[Tx]) lost() error { return t.carryOn(t.leg, t.failure(errGoexit)) }
+func (t *trip[Tx]) lost() error {
+	failed := t.failure(errGoexit)
+	if failed == nil { // it ended between two commits: where the state encodes or decodes itself
+		return errGoexit
+	}
+	return t.carryOn(t.leg, failed)
+}
 
 // transact is what happens in the transaction.
 func (t *trip[Tx]) transact(tx Tx) error {
