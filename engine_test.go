@@ -2196,6 +2196,42 @@ func TestAFullDiskLosesNothingAndWorksAgainWhenThereIsRoom(t *testing.T) {
 	})
 }
 
+// A key can be claimed, there is room for that, but what its phase did cannot be written: as often as you like, that parks nothing.
+func TestAnAttemptThatTheStoreBreaksOffGoesOnAndIsCountedOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		full := true
+		e := openGated(t, &gated{around: func(k Keys) Keys {
+			return &faultyKeys{Keys: k, put: func(r *Record) error {
+				if full && r.Point == Finished {
+					return ErrStorageFull
+				}
+				return k.Put(r)
+			}}
+		}})
+		var p processor
+		phases := three(p.pay)
+		phases[1].Retry.Attempts = 2
+		m := register(t, e, phases...)
+		for range 5 {
+			if _, err := m.Do(ctx, ada, request); !errors.Is(err, ErrStorageFull) {
+				t.Fatalf("got %v", err)
+			}
+		}
+		if r := record(t, e, ada); r.Status != Running || r.Attempts != 1 {
+			t.Errorf("%+v", r)
+		}
+		full = false
+		if _, err := m.Do(ctx, ada, request); err != nil || len(p.tokens()) != 1 {
+			t.Errorf("%v, %d tokens", err, len(p.tokens()))
+		}
+		for _, passage := range record(t, e, ada).History[1:] {
+			if passage.Attempts != 1 {
+				t.Errorf("%+v", passage)
+			}
+		}
+	})
+}
+
 func TestAFailedSyncLeavesTheOutcomeUnknownAndStopsTheEngine(t *testing.T) {
 	for _, page := range []string{"data", "meta"} {
 		t.Run(page, func(t *testing.T) {

@@ -306,7 +306,8 @@ func (j *journey[Tx]) resumption(r Record) ([]event, error) {
 	if err := decodeState(r.State, j.fresh()); err != nil {
 		return parked(Undecodable, err)
 	}
-	if !stale && j.phases[next].retry.usedUp(r.Attempts) {
+	cutOff := !stale && r.Status == Running && r.Epoch == j.engine.epoch && r.Attempts > 0 // this very engine was at it, and the store failed
+	if !stale && !cutOff && j.phases[next].retry.usedUp(r.Attempts) {
 		err := errors.New(r.LastError)
 		if r.LastError == "" {
 			err = errors.New("the process ended during every attempt")
@@ -318,6 +319,9 @@ func (j *journey[Tx]) resumption(r Record) ([]event, error) {
 	}
 	if stale {
 		events = append(events, event{kind: forget, at: at})
+	}
+	if cutOff { // the attempt goes on: another one that counts would park the key, in the end, because there was no room
+		return events, nil
 	}
 	return append(events, j.phases[next].try(at)), nil
 }
