@@ -193,6 +193,36 @@ func decodeBody(b []byte) (Record, error) {
 	return r, r.check()
 }
 
+// decodeAnswer decodes over r what a replay tells of a key's record, of which the frame is verified: whose it is, and the answer. A record
+// without an answer it leaves to decodeBody, and says so.
+func decodeAnswer(b []byte, key Key, r *Record) bool {
+	c := cursor[[]byte]{rest: b[frameSize:]}
+	state := c.bytes()
+	c.bytes() // scope
+	c.bytes() // ID
+	machine := c.bytes()
+	status, point := c.bytes(), c.bytes()
+	c.id() // incarnation
+	print := c.id()
+	for range 5 { // version, epoch, sequence, created, ended
+		c.uint()
+	}
+	c.bytes()     // begun
+	for range 3 { // attempts, first tried, due
+		c.uint()
+	}
+	c.bytes() // reason
+	c.bytes() // last error
+	if marks := c.byte(); c.failed || marks != 0 || string(status) != string(Answered) || string(point) != string(Finished) {
+		return false
+	}
+	if r.Machine != string(machine) {
+		r.Machine = string(machine)
+	}
+	*r = Record{Key: key, Machine: r.Machine, Status: Answered, Point: Finished, State: append(r.State[:0], state...), Fingerprint: print}
+	return true
+}
+
 var errImpossible = errors.New("impossible record")
 
 // check asserts what must hold of every record, after reading and before writing.
@@ -231,24 +261,16 @@ func (c *cursor[T]) take(n int) T {
 	return s
 }
 
-func (c *cursor[T]) uint() uint64 {
-	if len(c.rest) > 0 && c.rest[0] < 0x80 { // mostly
-		v := c.rest[0]
-		c.rest = c.rest[1:]
-		return uint64(v)
-	}
-	var v uint64
-	for shift := uint(0); shift < 64; shift += 7 {
-		b := c.byte()
-		v |= uint64(b&0x7f) << shift
-		if b < 0x80 {
-			if shift == 63 && b > 1 {
-				break
-			}
+func (c *cursor[T]) uint() (v uint64) {
+	for i := range min(len(c.rest), binary.MaxVarintLen64) {
+		b := c.rest[i]
+		v |= uint64(b&0x7f) << (7 * i)
+		if b < 0x80 && (i < binary.MaxVarintLen64-1 || b <= 1) {
+			c.rest = c.rest[i+1:]
 			return v
 		}
 	}
-	c.failed = true
+	c.failed, c.rest = true, c.rest[:0]
 	return 0
 }
 
