@@ -51,6 +51,7 @@ type boltStore struct {
 	whole   bool          // Open has checked all of the file
 	summed  chan struct{} // closed when the index adds up, or the store has stopped because it does not
 	closing atomic.Bool
+	windows spareWindows
 	info    fs.FileInfo // what the path led to when the store was opened: begin looks whether it still does
 	id      [16]byte
 	most    int64 // soft limit of the file's size, for new keys
@@ -125,6 +126,9 @@ func (s *boltStore) Boot(ctx context.Context) (id [16]byte, epoch uint64, err er
 		close(s.summed)
 	} else if err := s.beginAudit(); err != nil {
 		return id, 0, err
+	}
+	if s.file != nil {
+		s.windows.keep()
 	}
 	s.start()
 	return id, epoch, nil
@@ -239,6 +243,7 @@ func mix(v uint64) uint64 {
 type boltKeys struct {
 	id                      [16]byte
 	root, live, done, index *bbolt.Bucket
+	inLive, inDone, inIndex *bbolt.Cursor // for lookups, each of which begins anew
 	ledger                  ledger
 	reading                 bool // in a read transaction
 	changed                 bool
@@ -246,6 +251,7 @@ type boltKeys struct {
 	short                   [128]byte
 	arena                   []byte // what Put hands to bbolt, which keeps it until the commit
 	last                    *found // memo of the last lookup: a Put mostly follows its Get
+	memo                    found
 }
 
 // found is where a lookup led.
@@ -285,6 +291,7 @@ func (k *boltKeys) openLive() error {
 		if k.live = k.root.Bucket(bucketLive); k.live == nil {
 			return missing(bucketLive)
 		}
+		k.inLive = k.live.Cursor()
 	}
 	return nil
 }
@@ -295,6 +302,7 @@ func (k *boltKeys) openDone() error {
 		if k.done == nil || k.index == nil {
 			return missing(bucketDone)
 		}
+		k.inDone, k.inIndex = k.done.Cursor(), k.index.Cursor()
 	}
 	return nil
 }
@@ -356,7 +364,8 @@ func (k *boltKeys) find(key Key) (*found, error) {
 	if k.last != nil && k.last.key == key {
 		return k.last, nil
 	}
-	f := &found{key: key}
+	f := &k.memo
+	k.last, *f = nil, found{key: key}
 	var err error
 	if k.reading { // mostly for replays, so the finished ones come first
 		err = k.findDone(f)
@@ -379,10 +388,18 @@ func (k *boltKeys) findLive(f *found) error {
 	if err := k.openLive(); err != nil {
 		return err
 	}
-	if f.frame = k.live.Get(k.liveKey(f.key)); f.frame == nil {
+	if f.frame = at(k.inLive, k.liveKey(f.key)); f.frame == nil {
 		return nil
 	}
 	return f.verify()
+}
+
+// at returns what lies under a name, or nil.
+func at(c *bbolt.Cursor, name []byte) []byte {
+	if there, v := c.Seek(name); bytes.Equal(there, name) {
+		return v
+	}
+	return nil
 }
 
 // verify checks that the frame is sound and the key's own, and reads its head.
@@ -402,12 +419,11 @@ func (k *boltKeys) findDone(f *found) error {
 	}
 	var prefix [8]byte
 	binary.BigEndian.PutUint64(prefix[:], k.place(f.key))
-	c := k.index.Cursor()
-	for entry, _ := c.Seek(prefix[:]); bytes.HasPrefix(entry, prefix[:]); entry, _ = c.Next() {
+	for entry, _ := k.inIndex.Seek(prefix[:]); bytes.HasPrefix(entry, prefix[:]); entry, _ = k.inIndex.Next() {
 		if len(entry) != 16 {
 			return fmt.Errorf("%w: an index entry of %d bytes", ErrCorrupt, len(entry))
 		}
-		frame := k.done.Get(entry[8:])
+		frame := at(k.inDone, entry[8:])
 		if frame == nil {
 			return fmt.Errorf("%w: the index names a finished record that is not there", ErrCorrupt)
 		}
@@ -422,14 +438,32 @@ func (k *boltKeys) findDone(f *found) error {
 }
 
 func (k *boltKeys) Get(key Key) (Record, error) {
-	f, err := k.find(key)
+	frame, err := k.frame(key)
 	if err != nil {
 		return Record{}, err
 	}
-	if f.frame == nil {
-		return Record{}, ErrNotFound
+	return decodeBody(frame)
+}
+
+// recall is Get over another record, and of one with an answer what a replay tells of it.
+func (k *boltKeys) recall(key Key, r *Record) error {
+	frame, err := k.frame(key)
+	if err == nil && !decodeAnswer(frame, key, r) {
+		*r, err = decodeBody(frame)
 	}
-	return decodeBody(f.frame)
+	return err
+}
+
+// frame is a key's record as it is stored, verified; or ErrNotFound.
+func (k *boltKeys) frame(key Key) ([]byte, error) {
+	f, err := k.find(key)
+	switch {
+	case err != nil:
+		return nil, err
+	case f.frame == nil:
+		return nil, ErrNotFound
+	}
+	return f.frame, nil
 }
 
 func (k *boltKeys) Put(r *Record) error {
@@ -615,7 +649,11 @@ func (s *boltStore) View(_ context.Context, fn func(tx *bbolt.Tx) error) error {
 	if err := s.failure(); err != nil {
 		return err
 	}
-	err := s.guard(func() error { return s.db.View(fn) })
+	return readError(s.guard(func() error { return s.db.View(fn) }))
+}
+
+// readError names what a failed look means.
+func readError(err error) error {
 	if errors.Is(err, berrors.ErrDatabaseNotOpen) { // the engine was closed between its look at that and ours
 		return fmt.Errorf("%w: %w", ErrClosed, err)
 	}

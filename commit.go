@@ -333,7 +333,7 @@ func (c *committer) transact(g *group, fn func() error) error {
 	var id int
 	var inside error
 	err := c.store.guard(func() error {
-		return c.store.db.Update(func(tx *bbolt.Tx) error {
+		return c.store.update(func(tx *bbolt.Tx) error {
 			id = tx.ID()
 			inside = g.open(tx, c)
 			if inside == nil {

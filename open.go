@@ -376,18 +376,22 @@ func (s *boltStore) Close() error {
 	if s.started {
 		<-s.summed
 	}
-	if errors.Is(s.failure(), ErrCorrupt) {
-		return abandonBolt(s.db, s.file)
+	closeFile := func() error {
+		s.windows.shut()
+		return closeBolt(s.db, s.file)
 	}
-	return closeBolt(s.db, s.file)
+	if errors.Is(s.failure(), ErrCorrupt) {
+		return abandonBolt(closeFile, s.file)
+	}
+	return closeFile()
 }
 
 // abandonBolt closes a damaged database. Where bbolt has panicked over it, it may hold its own lock for ever, and its Close would wait for
 // that: then the file is let go of without it, and its map, which is read only, stays.
-func abandonBolt(db *bbolt.DB, file *os.File) error {
+func abandonBolt(closeFile func() error, file *os.File) error {
 	const patience = time.Second
 	closed := make(chan error, 1)
-	go func() { closed <- closeBolt(db, file) }()
+	go func() { closed <- closeFile() }()
 	select {
 	case err := <-closed:
 		return err

@@ -116,6 +116,12 @@ type (
 		Get(ctx context.Context, key Key) (Record, error)
 	}
 
+	// A recaller is a getter for calls: it reads over a record whose memory it uses again, and of one with an answer no more than a replay
+	// tells: Key, Machine, Status, Point, State and Fingerprint. Nobody waits in it.
+	recaller interface {
+		recall(key Key, r *Record) error
+	}
+
 	// A timekeeper has a clock of its own, by which all engines on it go: theirs may be hours apart.
 	timekeeper interface {
 		Now(ctx context.Context) (time.Time, error)
