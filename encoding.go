@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -30,6 +29,15 @@ var stateEncoders = sync.Pool{New: func() any {
 func encodeState(s any, limit int) ([]byte, error) {
 	e := stateEncoders.Get().(*stateEncoder)
 	defer stateEncoders.Put(e)
+	b, err := e.encode(s, limit)
+	if err != nil {
+		return nil, err
+	}
+	return bytes.Clone(b), wellFormed(b)
+}
+
+// encode returns s in msgpack, in memory that is the encoder's until it encodes again. A type's own encoding may not be well-formed.
+func (e *stateEncoder) encode(s any, limit int) ([]byte, error) {
 	e.buf.Reset()
 	e.Reset(&e.buf)
 	e.SetCustomStructTag("json")
@@ -45,18 +53,19 @@ func encodeState(s any, limit int) ([]byte, error) {
 		}
 		return nil, fmt.Errorf("%w: %d bytes, the limit is %d", ErrTooLarge, n, limit)
 	}
-	b := bytes.Clone(e.buf.Bytes())
-	return b, wellFormed(b)
+	return e.buf.Bytes(), nil
 }
 
 // wellFormed refuses what is not exactly one msgpack value, nested no deeper than we read.
 func wellFormed(b []byte) error {
 	w := walker{rest: b}
 	if w.skip(0); w.failed || len(w.rest) != 0 {
-		return fmt.Errorf("keystate: the state is not one msgpack value of at most %d levels", maxNesting)
+		return errMalformed
 	}
 	return nil
 }
+
+var errMalformed = fmt.Errorf("keystate: the state is not one msgpack value of at most %d levels", maxNesting)
 
 // decodeState fills s, which must be a pointer to a zero value, from what a store gave back. It refuses what is not
 // exactly one well-formed value, before the decoder can allocate what a length claims.
@@ -89,7 +98,7 @@ func decodeEncoded(b []byte, s any) error {
 
 // fingerprint tells a retry from another request under the same key. It is a digest of the machine's name and of the
 // encoded request, reduced to what tells two requests apart: map and struct keys sorted, entries with a zero value left
-// out (so that a field added in a release does not make a stranger of an honest retry).
+// out (so that a field added in a release does not make a stranger of an honest retry). It refuses what is not well-formed.
 func fingerprint(machine string, request []byte) (print [16]byte, err error) {
 	m := canonicalMemory.Get().(*memory)
 	defer canonicalMemory.Put(m)
@@ -97,7 +106,7 @@ func fingerprint(machine string, request []byte) (print [16]byte, err error) {
 	m.out = w.canonical(appendMachine(m.out[:0], machine), 0)
 	m.spare = w.spare
 	if w.failed || len(w.rest) != 0 {
-		return print, errors.New("keystate: the request is not one msgpack value")
+		return print, errMalformed
 	}
 	return digest(m.out), nil
 }

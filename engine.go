@@ -580,10 +580,25 @@ func (e *Engine[Tx]) load(ctx context.Context, key Key) (r Record, err error) {
 			return err
 		})
 	}
+	return r, e.missing(ctx, err)
+}
+
+// recall reads what a call needs of its key's record.
+func (e *Engine[Tx]) recall(ctx context.Context, c *call) (err error) {
+	r := &c.replay.record
+	if s, ok := e.store.(recaller); ok {
+		return e.missing(ctx, s.recall(c.key, r))
+	}
+	*r, err = e.load(ctx, c.key)
+	return err
+}
+
+// missing is the error of a look for a key: that it is not there is believed of an audited store.
+func (e *Engine[Tx]) missing(ctx context.Context, err error) error {
 	if errors.Is(err, ErrNotFound) {
 		err = cmp.Or(e.audited(ctx), err)
 	}
-	return r, err
+	return err
 }
 
 // audited waits until the store knows that what is not found in it is not there.

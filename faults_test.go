@@ -350,6 +350,17 @@ func (f *faulty) Keys(tx *bbolt.Tx) Keys {
 	return k
 }
 
+// recall reads the records as they look with the fault.
+func (f *faulty) recall(key Key, r *Record) error {
+	if f.fault.keys == nil {
+		return f.mortal.recall(key, r)
+	}
+	return f.View(context.Background(), func(tx *bbolt.Tx) (err error) {
+		*r, err = f.Keys(tx).Get(key)
+		return err
+	})
+}
+
 // heldBack records are not stored.
 type heldBack struct {
 	Keys

@@ -1,6 +1,7 @@
 package keystate
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -16,7 +17,7 @@ type Machine[S any] struct {
 
 // core is a machine without its type parameters.
 type core interface {
-	start(ctx context.Context, key Key, print [16]byte, request []byte) (r *run, joined bool, err error)
+	start(ctx context.Context, c *call) (r *run, joined bool, err error)
 	stage(tx any, key Key, print [16]byte, request []byte) error
 	path() []landmark
 	limit() int
@@ -114,21 +115,28 @@ func (m *Machine[S]) Name() string { return m.name }
 // of its end and the engine will go on with it (or, parked, an operator); or [ErrWithdrawn], with which the key is forgotten; or
 // another of the package's sentinels. When ctx ends, Do returns its error, and the run goes on without the caller: to learn what became of it, ask again with the same key.
 func (m *Machine[S]) Do(ctx context.Context, key Key, request S) (S, error) {
-	r, err := m.begin(ctx, key, request)
+	c := newCall(key)
+	defer c.end()
+	s := request // comes back as the answer
+	r, err := m.begin(ctx, c, &s)
 	if err != nil {
-		var zero S
-		return zero, err
+		var none S
+		return none, err
 	}
-	return r.Wait(ctx)
+	err = r.wait(ctx, &s)
+	return s, err
 }
 
 // Start is Do without the waiting: it returns as soon as the key's claim is durable, so that the request will be carried
 // to its end whatever happens to this process. A request that is withdrawn before is an error of Start, afterwards one of [Run.Wait].
 func (m *Machine[S]) Start(ctx context.Context, key Key, request S) (*Run[S], error) {
-	r, err := m.begin(ctx, key, request)
+	c := newCall(key)
+	defer c.end()
+	r, err := m.begin(ctx, c, &request)
 	if err != nil {
 		return nil, err
 	}
+	r.run = c.kept(r.run)
 	return r.claimed(ctx)
 }
 
@@ -136,33 +144,34 @@ func (m *Machine[S]) Start(ctx context.Context, key Key, request S) (*Run[S], er
 // what was interrupted. Where there is no such key it returns [ErrNotFound] and begins nothing. Of the request it uses only what
 // tells it from another one (see [Fingerprinter]).
 func (m *Machine[S]) Find(ctx context.Context, key Key, request S) (*Run[S], error) {
+	c := newCall(key)
+	defer c.end()
 	if err := key.validate(); err != nil {
 		return nil, err
 	}
-	print, err := m.fingerprint(request)
+	var err error
+	if c.print, err = m.fingerprint(request); err != nil {
+		return nil, err
+	}
+	r, joined, err := m.core.start(ctx, c)
 	if err != nil {
 		return nil, err
 	}
-	r, joined, err := m.core.start(ctx, key, print, nil)
-	if err != nil {
-		return nil, err
-	}
-	return (&Run[S]{r, joined}).claimed(ctx)
+	return (&Run[S]{c.kept(r), joined}).claimed(ctx)
 }
 
-func (m *Machine[S]) begin(ctx context.Context, key Key, request S) (*Run[S], error) {
-	if err := key.validate(); err != nil {
-		return nil, err
+// begin answers a call, or begins its run.
+func (m *Machine[S]) begin(ctx context.Context, c *call, request *S) (r Run[S], err error) {
+	if err := c.key.validate(); err != nil {
+		return r, err
 	}
-	b, print, err := m.encode(request)
-	if err != nil {
-		return nil, err
+	e := stateEncoders.Get().(*stateEncoder) // for as long as the call needs what it has encoded
+	defer stateEncoders.Put(e)
+	if c.request, c.print, err = m.encodeWith(e, request); err != nil {
+		return r, err
 	}
-	r, joined, err := m.core.start(ctx, key, print, b)
-	if err != nil {
-		return nil, err
-	}
-	return &Run[S]{r, joined}, nil
+	r.run, r.joined, err = m.core.start(ctx, c)
+	return r, err
 }
 
 // A Fingerprinter is a state that knows what tells its request from another one under the same key: the digest of what
@@ -172,12 +181,21 @@ type Fingerprinter interface {
 	Fingerprint() []byte
 }
 
+// encode returns a request in msgpack, and what tells it from another one.
 func (m *Machine[S]) encode(request S) (b []byte, print [16]byte, err error) {
-	if b, err = encodeState(&request, m.core.limit()); err != nil {
+	e := stateEncoders.Get().(*stateEncoder)
+	defer stateEncoders.Put(e)
+	b, print, err = m.encodeWith(e, &request)
+	return bytes.Clone(b), print, err
+}
+
+// encodeWith is encode in the encoder's memory.
+func (m *Machine[S]) encodeWith(e *stateEncoder, request *S) (b []byte, print [16]byte, err error) {
+	if b, err = e.encode(request, m.core.limit()); err != nil {
 		return nil, print, err
 	}
-	if own := ownPrint(&request); len(own) > 0 {
-		return b, ownFingerprint(m.name, own), nil
+	if own := ownPrint(request); len(own) > 0 {
+		return b, ownFingerprint(m.name, own), wellFormed(b)
 	}
 	print, err = fingerprint(m.name, b)
 	return b, print, err
@@ -250,22 +268,30 @@ func (r *Run[S]) Joined() bool { return r.joined || r.run.elsewhere.Load() }
 // Wait returns what [Machine.Do] returns. Each call returns a copy of its own.
 func (r *Run[S]) Wait(ctx context.Context) (S, error) {
 	var s S
+	err := r.wait(ctx, &s)
+	return s, err
+}
+
+// wait is Wait for a state that was another one before.
+func (r *Run[S]) wait(ctx context.Context, s *S) error {
+	var none S
+	*s = none
 	select {
 	case <-r.run.done:
 	default:
 		select {
 		case <-r.run.done:
 		case <-ctx.Done():
-			return s, ctx.Err()
+			return ctx.Err()
 		}
 	}
 	err := r.run.err
 	if record := &r.run.record; record.Status == Answered && err == nil {
-		if err = r.decode(&s); err == nil && record.Refusal != nil {
+		if err = r.decode(s); err == nil && record.Refusal != nil {
 			err = finalError(record)
 		}
 	}
-	return s, err
+	return err
 }
 
 // decode fills s with the answer. What this process has encoded itself need not be looked through first.
@@ -376,7 +402,7 @@ func (m *machine[Tx]) stage(anyTx any, key Key, print [16]byte, request []byte) 
 	keys := m.engine.store.Keys(tx)
 	stored, err := keys.Get(key)
 	if err == nil {
-		if !m.owns(stored, print) {
+		if !m.owns(&stored, print) {
 			return fmt.Errorf("%w: %s", ErrMismatch, key)
 		}
 		return nil
@@ -401,6 +427,6 @@ func (m *machine[Tx]) stage(anyTx any, key Key, print [16]byte, request []byte) 
 }
 
 // owns says whether a stored key was used for this machine and request.
-func (m *machine[Tx]) owns(stored Record, print [16]byte) bool {
+func (m *machine[Tx]) owns(stored *Record, print [16]byte) bool {
 	return stored.Machine == m.name && m.engine.rules.same(stored.Fingerprint, print)
 }

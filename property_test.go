@@ -470,6 +470,13 @@ func (m *mortal) View(ctx context.Context, fn func(tx *bbolt.Tx) error) error {
 	return m.boltStore.View(ctx, fn)
 }
 
+func (m *mortal) recall(key Key, r *Record) error {
+	if m.p.dead.Load() {
+		return errDead
+	}
+	return m.boltStore.recall(key, r)
+}
+
 func (m *mortal) Keys(tx *bbolt.Tx) Keys {
 	return &notary{Keys: m.boltStore.Keys(tx), tx: tx, p: m.p}
 }

@@ -1,12 +1,14 @@
 package keystate
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"maps"
 	"runtime/debug"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -48,12 +50,55 @@ func (r *run) missed() bool {
 	}
 }
 
+// A call is what a caller asks about a key. It lends the memory for a finished key's record, and is used again when the caller has
+// its answer: nobody keeps it, or what it holds.
+type call struct {
+	key     Key
+	print   [16]byte
+	request []byte // encoded; nil: the call begins nothing
+	replay  run    // of a finished key
+}
+
+var idleCalls = sync.Pool{New: func() any { return new(call) }}
+
+func newCall(key Key) *call {
+	c := idleCalls.Get().(*call)
+	c.key = key
+	return c
+}
+
+// end gives the call back.
+func (c *call) end() {
+	const giant = 1 << 20
+	if c.request = nil; cap(c.replay.record.State) > giant {
+		c.replay.record.State = nil
+	}
+	idleCalls.Put(c)
+}
+
+// replayed is the run of a finished key, whose record has been read.
+func (c *call) replayed() *run {
+	r := &c.replay
+	r.key, r.machine, r.replayed, r.claimed, r.done = c.key, r.record.Machine, true, closedChan, closedChan
+	return r
+}
+
+// kept is the run with an answer of its own, for callers that keep it.
+func (c *call) kept(r *run) *run {
+	if r != &c.replay {
+		return r
+	}
+	record := r.record
+	record.State = bytes.Clone(record.State)
+	return &run{key: r.key, machine: r.machine, replayed: true, claimed: closedChan, done: closedChan, record: record}
+}
+
 // start finds the answer of a key, joins its run, or begins one; without a request it begins none for a new key.
-func (m *machine[Tx]) start(ctx context.Context, key Key, print [16]byte, request []byte) (r *run, joined bool, err error) {
+func (m *machine[Tx]) start(ctx context.Context, c *call) (r *run, joined bool, err error) {
 	for {
-		r, joined, err = m.tryStart(ctx, key, print, request)
+		r, joined, err = m.tryStart(ctx, c)
 		contested := errors.Is(err, errContested)
-		mayMiss := err == nil && joined && request != nil // its run may have been begun without a request, for a key that is gone
+		mayMiss := err == nil && joined && c.request != nil // its run may have been begun without a request, for a key that is gone
 		if !contested && !mayMiss {
 			return r, joined, err
 		}
@@ -69,21 +114,21 @@ func (m *machine[Tx]) start(ctx context.Context, key Key, print [16]byte, reques
 	}
 }
 
-func (m *machine[Tx]) tryStart(ctx context.Context, key Key, print [16]byte, request []byte) (r *run, joined bool, err error) {
+func (m *machine[Tx]) tryStart(ctx context.Context, c *call) (r *run, joined bool, err error) {
 	e := m.engine
 	if ctx.Value(inCommit{}) != nil {
-		return nil, false, fmt.Errorf("%w: %s", ErrInCommit, key)
+		return nil, false, fmt.Errorf("%w: %s", ErrInCommit, c.key)
 	}
 	if err := ctx.Err(); err != nil {
 		return nil, false, err
 	}
-	if r, err := e.join(m, key, print); r != nil || err != nil {
+	if r, err := e.join(m, c.key, c.print); r != nil || err != nil {
 		return r, true, err
 	}
-	stored, err := e.load(ctx, key)
+	err = e.recall(ctx, c)
 	known := err == nil
 	switch {
-	case errors.Is(err, ErrNotFound) && request == nil:
+	case errors.Is(err, ErrNotFound) && c.request == nil:
 		return nil, false, err
 	case errors.Is(err, ErrNotFound):
 		if err := e.admit(); err != nil {
@@ -93,35 +138,43 @@ func (m *machine[Tx]) tryStart(ctx context.Context, key Key, print [16]byte, req
 		return nil, false, err
 	default:
 		// A run that is still under way has perhaps just written what was read, and does not know yet that it is on disk.
-		if r, err := e.join(m, key, print); r != nil || err != nil {
+		if r, err := e.join(m, c.key, c.print); r != nil || err != nil {
 			return r, true, err
 		}
-		if r, err := m.settled(stored, print); r != nil || err != nil {
+		if r, err := m.settled(c); r != nil || err != nil {
 			return r, false, err
 		}
 	}
+	return m.setOff(ctx, c, known)
+}
+
+// setOff begins a run, or joins the one that has been begun meanwhile.
+func (m *machine[Tx]) setOff(ctx context.Context, c *call, known bool) (*run, bool, error) {
+	e := m.engine
 	if err := e.takeSlot(ctx); err != nil {
 		return nil, false, err
 	}
-	r, mine, err := e.enroll(m, key, print, known)
+	r, mine, err := e.enroll(m, c.key, c.print, known)
 	if err != nil || !mine {
 		e.freeSlot()
 		return r, true, err
 	}
+	request := bytes.Clone(c.request)
 	e.spawn(func() { m.travel(r, request) })
 	return r, false, nil
 }
 
 // settled answers for a key that needs no run: one used for another request, a finished one, a parked one.
-func (m *machine[Tx]) settled(stored Record, print [16]byte) (*run, error) {
+func (m *machine[Tx]) settled(c *call) (*run, error) {
+	stored := &c.replay.record
 	switch {
-	case !m.owns(stored, print):
+	case !m.owns(stored, c.print):
 		return nil, fmt.Errorf("%w: %s", ErrMismatch, stored.Key)
 	case stored.Status == Answered:
 		m.engine.observe(m.engine.observer.Replayed, Event{Key: stored.Key, Machine: m.name, Point: Finished})
-		return &run{key: stored.Key, machine: m.name, replayed: true, claimed: closedChan, done: closedChan, record: stored}, nil
+		return c.replayed(), nil
 	case stored.Status == Parked:
-		return nil, m.stopped(stored, errors.New(stored.LastError))
+		return nil, m.stopped(*stored, errors.New(stored.LastError))
 	}
 	return nil, nil
 }
@@ -249,7 +302,7 @@ func (j *journey[Tx]) takeUp() error {
 		if err != nil {
 			return err
 		}
-		if !j.owns(stored, j.shared.print) {
+		if !j.owns(&stored, j.shared.print) {
 			return fmt.Errorf("%w: %s", ErrMismatch, stored.Key)
 		}
 		j.record, parked = stored, nil
