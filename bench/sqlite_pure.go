@@ -1,0 +1,9 @@
+//go:build !cgo
+
+package main
+
+const (
+	sqliteDriver     = pureDriver
+	sqliteModule     = pureModule
+	sqliteParameters = pureParameters
+)
