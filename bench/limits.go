@@ -75,11 +75,14 @@ func frames(dir string) (live, done []byte, err error) {
 // boltWriter writes with raw bbolt what the engine writes (docs/format.md).
 type boltWriter struct {
 	noRequest
+	halves
 	db         *bbolt.DB
 	live, done []byte
 	open       []string
 	n          uint64
 }
+
+const keystateMap = 1 << 30 // keystate opens its file so
 
 var (
 	liveBucket  = []byte("live")
@@ -95,7 +98,7 @@ func openRawBolt(p place) (station, error) {
 	if w.live, w.done, err = frames(p.dir); err != nil {
 		return nil, err
 	}
-	if w.db, err = bbolt.Open(filepath.Join(p.dir, "raw.db"), 0o600, nil); err != nil {
+	if w.db, err = bbolt.Open(filepath.Join(p.dir, "raw.db"), 0o600, &bbolt.Options{InitialMmapSize: keystateMap}); err != nil {
 		return nil, err
 	}
 	return w, w.db.Update(func(tx *bbolt.Tx) error {
@@ -113,12 +116,11 @@ func openRawBolt(p place) (station, error) {
 }
 
 func (w *boltWriter) commit(group int) (finished int, err error) {
-	half := (max(1, group) + 1) / 2
+	closing := w.open[:min(w.share(group), len(w.open))]
 	err = w.db.Update(func(tx *bbolt.Tx) error {
 		root, orders := tx.Bucket(keysBucket), tx.Bucket(ordersBucket)
 		live, done, index := root.Bucket(liveBucket), root.Bucket(doneBucket), root.Bucket(indexBucket)
 		done.FillPercent = 0.95
-		closing := w.open[:min(half, len(w.open))]
 		for _, id := range closing {
 			w.n++
 			sequence := binary.BigEndian.AppendUint64(nil, w.n)
@@ -133,17 +135,30 @@ func (w *boltWriter) commit(group int) (finished int, err error) {
 			}
 		}
 		w.open = w.open[len(closing):]
-		for range half {
+		for range group - len(closing) {
 			id := keystate.NewID()
 			if err := errors.Join(orders.Put([]byte(reservedRow(id)), businessRow), live.Put([]byte("\x05"+handScope+id), w.live)); err != nil {
 				return err
 			}
 			w.open = append(w.open, id)
 		}
-		finished = len(closing)
 		return root.Put(ledgerKey, ledgerValue)
 	})
-	return finished, err
+	return len(closing), err
+}
+
+// halves deals out the members of groups: half of all finish a key, and of an odd group one more every other time.
+type halves struct{ odd bool }
+
+func (h *halves) share(group int) int {
+	if group%2 == 0 {
+		return group / 2
+	}
+	h.odd = !h.odd
+	if h.odd {
+		return group / 2
+	}
+	return group/2 + 1
 }
 
 func (w *boltWriter) commits() (int64, error) { return boltCommits(w.db.View) }
@@ -154,6 +169,7 @@ func (w *boltWriter) close() error { return w.db.Close() }
 // to do than the contents.
 type fileWriter struct {
 	noRequest
+	halves
 	file        *os.File
 	claim, done int // bytes
 	at          int64
@@ -179,8 +195,8 @@ func openRawFile(p place) (station, error) {
 }
 
 func (w *fileWriter) commit(group int) (finished int, err error) {
-	half := (max(1, group) + 1) / 2
-	contents := make([]byte, half*(w.claim+w.done))
+	finished = w.share(group)
+	contents := make([]byte, (group-finished)*w.claim+finished*w.done)
 	if w.at+int64(len(contents)) > ringSize {
 		w.at = 0
 	}
@@ -189,7 +205,7 @@ func (w *fileWriter) commit(group int) (finished int, err error) {
 	}
 	w.at += int64(len(contents))
 	w.synced++
-	return half, syncContents(w.file)
+	return finished, syncContents(w.file)
 }
 
 func (w *fileWriter) commits() (int64, error) { return w.synced, nil }
