@@ -141,3 +141,31 @@ func (l *life) Fatalf(f string, a ...any) { panic(ended{fmt.Errorf(f, a...)}) }
 func (l *life) Skip(args ...any) {
 	panic(ended{fmt.Errorf("%w: %s", errNoServer, fmt.Sprint(args...))})
 }
+
+// drop removes a database.
+func (s *server) drop(dsn string) error {
+	config, err := pgx.ParseConfig(dsn)
+	if err != nil {
+		return err
+	}
+	return onServerConn(s.DSN("postgres"), func(ctx context.Context, conn *pgx.Conn) error {
+		_, err := conn.Exec(ctx, "DROP DATABASE "+config.Database+" WITH (FORCE)")
+		return err
+	})
+}
+
+func (s *server) size(dsn string) (bytes int64, err error) {
+	err = onServerConn(dsn, func(ctx context.Context, conn *pgx.Conn) error {
+		return conn.QueryRow(ctx, "SELECT pg_database_size(current_database())").Scan(&bytes)
+	})
+	return bytes, err
+}
+
+func onServerConn(dsn string, fn func(ctx context.Context, conn *pgx.Conn) error) error {
+	ctx := context.Background()
+	conn, err := pgx.Connect(ctx, dsn)
+	if err != nil {
+		return err
+	}
+	return errors.Join(fn(ctx, conn), conn.Close(ctx))
+}

@@ -208,7 +208,7 @@ func (b *bench) beside(callers int) []step {
 	})
 	add("cleaning up", 200*time.Millisecond, func() {
 		for _, x := range cells {
-			b.fail(x.place.remove())
+			b.fail(b.remove(x.place))
 		}
 	})
 	return steps
