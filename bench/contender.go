@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
+	"time"
 )
 
 // The request that all contenders make, with a new key each time: a business write of 200 bytes (funds are reserved); an effect that
@@ -41,6 +42,9 @@ type contender struct {
 	on    store
 	open  func(p place) (station, error)
 	limit bool // it does not make the request; it writes what one must write
+
+	// hold is how long the keys of a process that was killed stay locked, by a clock that only time moves.
+	hold time.Duration
 
 	// fill puts finished keys into an empty place. Without it, the contender is not measured on a full store.
 	fill func(p place, keys int, newID idAt, done func(n int)) error

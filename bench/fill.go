@@ -117,7 +117,11 @@ func fillOnBolt(p place, keys int, newID idAt, done func(int)) error {
 	}
 	db.NoSync = true
 	at := time.Now().Add(-pastEnd).Truncate(time.Microsecond)
+	err = store.Update(context.Background(), func(tx *bbolt.Tx) error { return store.Keys(tx).Delete(m.record) }) // it finished now
 	for ids := range batches(keys, newID) {
+		if err != nil {
+			break
+		}
 		if err = putCasts(store, m, byPlace(identity, ids), at); err != nil {
 			break
 		}

@@ -89,13 +89,14 @@ func openBoltEngine(p place, o keystate.Options) (*boltEngine, error) {
 func (e *boltEngine) start(opened *keystate.Engine[*bbolt.Tx]) (err error) {
 	e.Engine = opened
 	e.closers = []func() error{opened.Close}
-	err = opened.Update(context.Background(), func(tx *bbolt.Tx) error {
-		_, err := tx.CreateBucketIfNotExists(ordersBucket)
-		return err
-	})
-	if err == nil {
+	if err = opened.Update(context.Background(), makeOrders); err == nil {
 		e.orders, err = keystate.Register(opened, "order", phases(putBusiness))
 	}
+	return err
+}
+
+func makeOrders(tx *bbolt.Tx) error {
+	_, err := tx.CreateBucketIfNotExists(ordersBucket)
 	return err
 }
 

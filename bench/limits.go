@@ -36,40 +36,49 @@ func (noRequest) request(context.Context, string) (order, error)   { return orde
 func (noRequest) business(context.Context, string) ([]byte, error) { return nil, errNoRequest }
 func (noRequest) rows(context.Context) (int, error)                { return 0, errNoRequest }
 
-// frames are the two records that the engine writes for a request, taken from an engine.
-func frames(dir string) (live, done []byte, err error) {
-	folder, err := os.MkdirTemp(dir, "frames")
+// records are the two that the engine writes for a request, taken from an engine: of a key in its effect, and of a finished one.
+func records(dir string) (live, done keystate.Record, err error) {
+	folder, err := os.MkdirTemp(dir, "records")
 	if err != nil {
-		return nil, nil, err
+		return live, done, err
 	}
 	defer os.RemoveAll(folder)
-	e, err := openBoltEngine(place{dir: folder}, forEver)
-	if err != nil {
-		return nil, nil, err
+	e := &boltEngine{}
+	if e.Engine, err = keystate.Open(boltPath(place{dir: folder}), e.observe(forEver)); err != nil {
+		return live, done, err
 	}
-	defer e.close()
+	defer e.Engine.Close()
+	if err := e.Update(context.Background(), makeOrders); err != nil {
+		return live, done, err
+	}
 	id := keystate.NewID()
-	frame := func() []byte {
-		r, err1 := e.Key(context.Background(), key(id))
-		b, err2 := r.MarshalBinary()
-		err = errors.Join(err, err1, err2)
-		return b
+	look := func(r *keystate.Record) error {
+		found, err := e.Key(context.Background(), key(id))
+		*r = found
+		return err
 	}
 	looking := phases(putBusiness)
 	act := looking[1].Effect
 	looking[1].Effect = func(ctx context.Context, token string, s *order) error {
-		live = frame()
-		return act(ctx, token, s)
+		return errors.Join(look(&live), act(ctx, token, s))
 	}
-	m, failed := keystate.Register(e.Engine, "frame", looking)
-	if failed != nil {
-		return nil, nil, failed
+	if e.orders, err = keystate.Register(e.Engine, "order", looking); err != nil {
+		return live, done, err
 	}
-	if _, failed := m.Do(context.Background(), key(id), asked(id)); failed != nil {
-		return nil, nil, failed
+	if _, err := e.request(context.Background(), id); err != nil {
+		return live, done, err
 	}
-	done = frame()
-	return live, done, err
+	return live, done, look(&done)
+}
+
+func frames(dir string) (live, done []byte, err error) {
+	l, d, err := records(dir)
+	if err != nil {
+		return nil, nil, err
+	}
+	live, err1 := l.MarshalBinary()
+	done, err2 := d.MarshalBinary()
+	return live, done, errors.Join(err1, err2)
 }
 
 // boltWriter writes with raw bbolt what the engine writes (docs/format.md).

@@ -7,16 +7,15 @@ import (
 
 // usage is what was used up to a moment.
 type usage struct {
-	at              time.Time
-	self, servers   time.Duration // processor time of this process, and of PostgreSQL's
-	busy, stolen    time.Duration // of the whole machine
-	flushes         int64         // of the disk's cache, by everybody
-	deviceBytes     int64         // written to the disk, by everybody
-	onDevice        bool          // the two before are known
-	written         int64         // handed to the disk by this process
-	allocations     uint64
-	allocated       uint64
-	walFlushes, wal int64 // of PostgreSQL: waits for the disk, and bytes
+	at            time.Time
+	self, servers time.Duration // processor time of this process, and of PostgreSQL's
+	busy, stolen  time.Duration // of the whole machine
+	flushes       int64         // of the disk's cache, by everybody
+	deviceBytes   int64         // written to the disk, by everybody
+	onDevice      bool          // the two before are known
+	written       int64         // handed to the disk by this process
+	allocations   uint64
+	allocated     uint64
 }
 
 func (u usage) since(earlier usage) usage {
@@ -30,6 +29,13 @@ func (u usage) since(earlier usage) usage {
 	u.allocations -= earlier.allocations
 	u.allocated -= earlier.allocated
 	return u
+}
+
+func (b *bench) usage() usage {
+	if b.server == nil {
+		return takeUsage(b.dir, 0)
+	}
+	return takeUsage(b.dir, b.server.pid)
 }
 
 // A turn in which others had more than this share of the machine is reported.

@@ -15,14 +15,15 @@ import (
 
 const tick = 10 * time.Millisecond // what /proc counts processor time in
 
-// takeUsage reads what has been used so far. Device figures are those of the disk that holds the folder.
-func takeUsage(dir string) usage {
+// takeUsage reads what has been used so far. Device figures are those of the disk that holds the folder; server is
+// the first process of PostgreSQL, 0 without.
+func takeUsage(dir string, server int) usage {
 	u := usage{at: time.Now()}
 	var r syscall.Rusage
 	if syscall.Getrusage(syscall.RUSAGE_SELF, &r) == nil {
 		u.self = time.Duration(r.Utime.Nano() + r.Stime.Nano())
 	}
-	u.servers = serversTime()
+	u.servers = serverTime(server)
 	u.busy, u.stolen = machineTime()
 	u.flushes, u.deviceBytes, u.onDevice = deviceFigures(dir)
 	u.written = writtenBytes()
@@ -32,25 +33,30 @@ func takeUsage(dir string) usage {
 	return u
 }
 
-// serversTime is what all processes of PostgreSQL have used.
-func serversTime() (total time.Duration) {
+// serverTime is what a process and its children have used, those that have ended included.
+func serverTime(server int) (total time.Duration) {
+	if server == 0 {
+		return 0
+	}
 	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
 	for _, path := range stats {
 		b, err := os.ReadFile(path)
 		if err != nil {
 			continue
 		}
-		_, name, _ := bytes.Cut(b, []byte("("))
-		name, rest, ok := bytes.Cut(name, []byte(") "))
-		if !ok || string(name) != "postgres" {
+		fields := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
+		number := func(i int) int64 {
+			n, _ := strconv.ParseInt(fields[i], 10, 64)
+			return n
+		}
+		if len(fields) < 15 {
 			continue
 		}
-		fields := strings.Fields(string(rest))
-		for _, i := range []int{11, 12, 13, 14} { // utime, stime, and those of ended children
-			if i < len(fields) {
-				n, _ := strconv.ParseInt(fields[i], 10, 64)
-				total += time.Duration(n) * tick
-			}
+		switch {
+		case path == fmt.Sprintf("/proc/%d/stat", server):
+			total += time.Duration(number(11)+number(12)+number(13)+number(14)) * tick // its own and that of ended children, user and system
+		case number(1) == int64(server):
+			total += time.Duration(number(11)+number(12)) * tick
 		}
 	}
 	return total

@@ -9,7 +9,7 @@ import (
 )
 
 // takeUsage knows of this process's memory alone: the rest is read from /proc and /sys, which only Linux has.
-func takeUsage(string) usage {
+func takeUsage(string, int) usage {
 	u := usage{at: time.Now()}
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)

@@ -12,12 +12,15 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"example.com/keystate"
+	"example.com/keystate/internal/pgtest"
 	"github.com/google/uuid"
 )
 
@@ -49,6 +52,7 @@ type bench struct {
 	began    time.Time
 	load     string
 	failed   error
+	openings map[string]pgtest.Figures // by contender
 
 	side     []side
 	full     []*fullness
@@ -85,7 +89,8 @@ func (l *list) Set(text string) error {
 }
 
 func main() {
-	b := &bench{callers: list{1, 16, 64, 256}, pools: list{16, 32, 64}, stored: list{1_000_000, 10_000_000}, pause: 400 * time.Millisecond}
+	b := &bench{callers: list{1, 16, 64, 256}, pools: list{16, 32, 64}, stored: list{1_000_000, 10_000_000}, pause: 400 * time.Millisecond,
+		openings: map[string]pgtest.Figures{}}
 	b.flags(flag.CommandLine)
 	flag.Parse()
 	if len(os.Args) > 1 && os.Args[1] == crashCommand {
@@ -141,6 +146,7 @@ func (b *bench) run() (err error) {
 		return err
 	}
 	defer os.RemoveAll(b.dir)
+	b.cleanUpWhenInterrupted()
 	if err := os.Chmod(b.dir, 0o755); err != nil { // PostgreSQL may have to run as another user
 		return err
 	}
@@ -159,6 +165,16 @@ func (b *bench) run() (err error) {
 		return err
 	}
 	return b.failed
+}
+
+func (b *bench) cleanUpWhenInterrupted() {
+	interrupted := make(chan os.Signal, 1)
+	signal.Notify(interrupted, os.Interrupt, syscall.SIGTERM)
+	go func() {
+		<-interrupted
+		os.RemoveAll(b.dir)
+		os.Exit(130)
+	}()
 }
 
 // serve starts PostgreSQL beside the other stores. Without it, the contenders on it are left out.

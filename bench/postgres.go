@@ -18,11 +18,11 @@ import (
 var postgresContenders = []contender{
 	{name: keystateOnPostgres, label: "keystate/PostgreSQL", on: onPostgres, open: openOnPostgres(pgx.Serializable), fill: fillOnPostgres},
 	{name: keystateOnPostgres + ", READ COMMITTED", label: "keystate/PG, read committed", on: onPostgres, open: openOnPostgres(pgx.ReadCommitted)},
-	{name: byTransaction, label: "PostgreSQL", on: onPostgres, open: openPGByHand(inTransactions{isolation: pgx.ReadCommitted, lock: true})},
-	{name: "PostgreSQL by hand, SERIALIZABLE", label: "PostgreSQL, serializable", on: onPostgres, open: openPGByHand(inTransactions{isolation: pgx.Serializable})},
-	{name: "PostgreSQL by hand, READ COMMITTED, no SELECT FOR UPDATE", label: "PostgreSQL, no lock", on: onPostgres,
+	{name: byTransaction, label: "PostgreSQL", on: onPostgres, hold: lockTimeout, open: openPGByHand(inTransactions{isolation: pgx.ReadCommitted, lock: true})},
+	{name: "PostgreSQL by hand, SERIALIZABLE", label: "PostgreSQL, serializable", on: onPostgres, hold: lockTimeout, open: openPGByHand(inTransactions{isolation: pgx.Serializable})},
+	{name: "PostgreSQL by hand, READ COMMITTED, no SELECT FOR UPDATE", label: "PostgreSQL, no lock", on: onPostgres, hold: lockTimeout,
 		open: openPGByHand(inTransactions{isolation: pgx.ReadCommitted})},
-	{name: "PostgreSQL by hand, one statement per step", label: "PostgreSQL, one statement", on: onPostgres, open: openPGByHand(inStatements{})},
+	{name: "PostgreSQL by hand, one statement per step", label: "PostgreSQL, one statement", on: onPostgres, hold: lockTimeout, open: openPGByHand(inStatements{})},
 }
 
 const (

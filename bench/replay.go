@@ -1,12 +1,11 @@
 package main
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"time"
-
-	"context"
 
 	"example.com/keystate"
 	"go.etcd.io/bbolt"
@@ -90,11 +89,11 @@ func (b *bench) replayTurn(x *cell, ids []string) error {
 	}
 	_, err = race(s, 1, again(b.slice/5, ids))
 	commits := commitsOf(s)
-	before := takeUsage(b.dir)
+	before := b.usage()
 	if err == nil {
 		var p pace
 		p, err = race(s, 1, again(b.slice, ids))
-		x.add(p, takeUsage(b.dir).since(before), 0)
+		x.add(p, b.usage().since(before), 0)
 	}
 	if n := commitsOf(s) - commits; err == nil && n > 0 && x.name == keystateOnBolt {
 		err = fmt.Errorf("replays have written %d times", n)
@@ -125,7 +124,7 @@ func (b *bench) bareTurn(sequences [][]byte) error {
 		return err
 	}
 	p := pace{}
-	before := takeUsage(b.dir)
+	before := b.usage()
 	start := time.Now()
 	for i := 0; time.Since(start) < b.slice && err == nil; i++ {
 		began := time.Now()
@@ -139,7 +138,7 @@ func (b *bench) bareTurn(sequences [][]byte) error {
 		p.requests++
 	}
 	p.took = time.Since(start)
-	b.bare.add(p, takeUsage(b.dir).since(before), 0)
+	b.bare.add(p, b.usage().since(before), 0)
 	return errors.Join(err, db.Close())
 }
 

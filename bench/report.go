@@ -77,7 +77,7 @@ func (t *text) head() {
 		time.Since(b.began).Round(time.Second))
 	t.f("- %s; load average before: %s", describeMachine(b.dir), b.load)
 	t.f("- %s; %s", runtime.Version(), versions())
-	if b.server != nil && b.server.Server != nil {
+	if b.server != nil {
 		if said, err := b.server.describe(); err == nil {
 			t.f("- %s", said)
 		}
@@ -299,14 +299,29 @@ func (t *text) noise() {
 	t.f("\n## Was the machine quiet?\n")
 	var all spread
 	var loud []string
+	look := func(what string, x *cell) {
+		if x == nil {
+			return
+		}
+		for turn, share := range x.disturbs {
+			all = append(all, share)
+			if share > tooMuch {
+				loud = append(loud, fmt.Sprintf("%s, turn %d: %s", what, turn+1, percent(share)))
+			}
+		}
+	}
 	for _, s := range t.b.side {
 		for _, x := range s.cells {
-			for turn, share := range x.disturbs {
-				all = append(all, share)
-				if share > tooMuch {
-					loud = append(loud, fmt.Sprintf("%d callers, %s, turn %d: %s", s.callers, x.name, turn+1, percent(share)))
-				}
-			}
+			look(fmt.Sprintf("%d callers, %s", s.callers, x.name), x)
+		}
+	}
+	for _, f := range t.b.full {
+		look(fmt.Sprintf("%s beside %d %s keys", f.full.name, f.stored, f.kind.name), f.empty)
+		look(fmt.Sprintf("%s with %d %s keys", f.full.name, f.stored, f.kind.name), f.full)
+	}
+	for _, x := range append([]*cell{t.b.bare}, t.b.replays...) {
+		if x != nil {
+			look("replay, "+x.name, x)
 		}
 	}
 	if len(all) == 0 || all.max() == 0 {

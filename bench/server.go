@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
+	"strings"
 	"testing"
 
 	"example.com/keystate/internal/pgtest"
@@ -27,6 +29,7 @@ var settings = []struct{ name, value string }{
 type server struct {
 	*pgtest.Server
 	life *life
+	pid  int // of its first process; 0 if it is not known
 }
 
 // startServer starts PostgreSQL; where there is none, it says so with errNoServer.
@@ -36,8 +39,16 @@ func startServer() (*server, error) {
 	for _, o := range settings {
 		opts = append(opts, pgtest.Set(o.name, o.value))
 	}
-	err := s.life.attempt(func(t testing.TB) { s.Server = pgtest.Start(t, opts...) })
-	return s, err
+	if err := s.life.attempt(func(t testing.TB) { s.Server = pgtest.Start(t, opts...) }); err != nil {
+		return nil, err
+	}
+	return s, onServerConn(s.DSN("postgres"), func(ctx context.Context, conn *pgx.Conn) error {
+		var file string
+		err := conn.QueryRow(ctx, `SELECT pg_read_file('postmaster.pid')`).Scan(&file)
+		first, _, _ := strings.Cut(file, "\n")
+		s.pid, _ = strconv.Atoi(first)
+		return err
+	})
 }
 
 var errNoServer = errors.New("there is no PostgreSQL")
@@ -68,26 +79,23 @@ func (s *server) proxied(dsn string, fn func(p *pgtest.Proxy) error) error {
 func (s *server) stop() error { return s.life.end() }
 
 // describe tells on what was measured: the server is asked for its settings.
-func (s *server) describe() (string, error) {
-	ctx := context.Background()
-	conn, err := pgx.Connect(ctx, s.DSN("postgres"))
-	if err != nil {
-		return "", err
-	}
-	defer conn.Close(ctx)
+func (s *server) describe() (text string, err error) {
 	names := []string{"server_version", "fsync", "synchronous_commit", "full_page_writes", "wal_level", "wal_sync_method", "autovacuum"}
 	for _, o := range settings {
 		names = append(names, o.name)
 	}
-	text := "PostgreSQL over a Unix socket"
-	for _, name := range names {
-		var value string
-		if err := conn.QueryRow(ctx, `SELECT current_setting($1)`, name).Scan(&value); err != nil {
-			return "", err
+	text = "PostgreSQL over a Unix socket"
+	err = onServerConn(s.DSN("postgres"), func(ctx context.Context, conn *pgx.Conn) error {
+		for _, name := range names {
+			var value string
+			if err := conn.QueryRow(ctx, `SELECT current_setting($1)`, name).Scan(&value); err != nil {
+				return err
+			}
+			text += fmt.Sprintf(", %s=%s", name, value)
 		}
-		text += fmt.Sprintf(", %s=%s", name, value)
-	}
-	return text, nil
+		return nil
+	})
+	return text, err
 }
 
 // A life is a test's, for the package pgtest, which is made for tests: what it starts ends with the life.

@@ -82,11 +82,36 @@ func (b *bench) try(x *cell, d time.Duration, newID func() string, group int, la
 	if err != nil {
 		return err
 	}
-	wal := after.Since(walBefore)
+	opening, err := b.opening(x)
+	if err != nil {
+		return err
+	}
+	wal := after.Since(walBefore).Since(opening)
 	x.walFlushes = append(x.walFlushes, float64(wal.WALFlushes)/float64(max(1, made)))
 	x.walBytes = append(x.walBytes, float64(wal.WALBytes)/float64(max(1, made)))
 	x.commits = append(x.commits, float64(wal.Commits)/float64(max(1, made)))
 	return nil
+}
+
+// opening is what the server counts for a contender that opens, finds its tables, and closes.
+func (b *bench) opening(x *cell) (f pgtest.Figures, err error) {
+	if f, known := b.openings[x.name]; known {
+		return f, nil
+	}
+	before, err := b.server.figures(x.place.dsn)
+	if err != nil {
+		return f, err
+	}
+	s, err := x.open(x.place)
+	if err != nil {
+		return f, err
+	}
+	if err := s.close(); err != nil {
+		return f, err
+	}
+	after, err := b.server.figures(x.place.dsn)
+	b.openings[x.name] = after.Since(before)
+	return b.openings[x.name], err
 }
 
 // measure is the part of a turn in which the station is open. It returns how many requests were made.
@@ -103,12 +128,12 @@ func (b *bench) measure(x *cell, s station, d time.Duration, newID func() string
 	}
 	commits := commitsOf(s)
 	transactions, members := groupsOf(s)
-	before := takeUsage(b.dir)
+	before := b.usage()
 	p, err := work(d)
 	if err != nil {
 		return 0, err
 	}
-	used := takeUsage(b.dir).since(before)
+	used := b.usage().since(before)
 	x.add(p, used, commitsOf(s)-commits)
 	if t, m := groupsOf(s); t > transactions {
 		x.group = int((m - members) / (t - transactions))

@@ -24,7 +24,7 @@ import (
 
 var workflowContenders = []contender{
 	{name: "DBOS on SQLite", label: "DBOS/SQLite", on: onSQLite, open: openDBOSOnSQLite},
-	{name: "go-workflows on SQLite", label: "go-workflows/SQLite", on: onSQLite, open: openGoWorkflows},
+	{name: "go-workflows on SQLite", label: "go-workflows/SQLite", on: onSQLite, hold: backend.DefaultOptions.ActivityLockTimeout, open: openGoWorkflows},
 	{name: "DBOS on PostgreSQL", label: "DBOS/PostgreSQL", on: onPostgres, open: openDBOSOnPostgres},
 }
 
