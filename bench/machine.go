@@ -38,6 +38,8 @@ func (b *bench) usage() usage {
 	return takeUsage(b.dir, b.server.pid)
 }
 
+var numCPU = runtime.NumCPU()
+
 // A turn in which others had more than this share of the machine is reported.
 const tooMuch = 0.10
 
@@ -48,5 +50,5 @@ func (u usage) disturbance(took time.Duration) float64 {
 		return 0
 	}
 	others := max(0, u.busy-u.self-u.servers) + u.stolen
-	return others.Seconds() / (took.Seconds() * float64(runtime.NumCPU()))
+	return others.Seconds() / (took.Seconds() * float64(numCPU))
 }
