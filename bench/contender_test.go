@@ -130,16 +130,19 @@ func TestACheckNoticesWhatIsMissing(t *testing.T) {
 }
 
 func TestSQLiteWaitsForTheDisk(t *testing.T) {
-	for driver, parameters := range map[string]string{sqliteDriver: sqliteParameters, pureDriver: pureParameters, pureDriver + ", as go-workflows opens it": ""} {
-		name, _, _ := strings.Cut(driver, ",")
-		db, err := sql.Open(name, "file:"+filepath.Join(t.TempDir(), "a.sqlite")+parameters)
+	for _, test := range []struct{ what, driver, parameters string }{
+		{"by hand", sqliteDriver, sqliteParameters},
+		{"DBOS", pureDriver, pureParameters},
+		{"go-workflows", pureDriver, ""},
+	} {
+		db, err := sql.Open(test.driver, "file:"+filepath.Join(t.TempDir(), "a.sqlite")+test.parameters)
 		if err != nil {
 			t.Fatal(err)
 		}
 		const full = 2
 		var level int
 		if err := db.QueryRow("PRAGMA synchronous").Scan(&level); err != nil || level < full {
-			t.Errorf("%s: synchronous=%d, %v", driver, level, err)
+			t.Errorf("%s: synchronous=%d, %v", test.what, level, err)
 		}
 		db.Close()
 	}
