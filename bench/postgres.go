@@ -16,8 +16,9 @@ import (
 // pgx is used as it comes: a pool, statements prepared and cached.
 
 var postgresContenders = []contender{
-	{name: keystateOnPostgres, label: "keystate/PostgreSQL", on: onPostgres, open: openOnPostgres(pgx.Serializable), fill: fillOnPostgres},
-	{name: keystateOnPostgres + ", READ COMMITTED", label: "keystate/PG, read committed", on: onPostgres, open: openOnPostgres(pgx.ReadCommitted)},
+	{name: keystateOnPostgres, label: "keystate/PostgreSQL", on: onPostgres, open: openOnPostgres(pgx.Serializable, queueRow), fill: fillOnPostgres},
+	{name: keystateOnPostgres + ", READ COMMITTED", label: "keystate/PG, read committed", on: onPostgres, open: openOnPostgres(pgx.ReadCommitted, queueRow)},
+	{name: keystateOnPostgres + ", writes not queued", label: "keystate/PG, not queued", on: onPostgres, open: openOnPostgres(pgx.Serializable, writeRow)},
 	{name: byTransaction, label: "PostgreSQL", on: onPostgres, hold: lockTimeout, open: openPGByHand(inTransactions{isolation: pgx.ReadCommitted, lock: true})},
 	{name: "PostgreSQL by hand, SERIALIZABLE", label: "PostgreSQL, serializable", on: onPostgres, hold: lockTimeout, open: openPGByHand(inTransactions{isolation: pgx.Serializable})},
 	{name: "PostgreSQL by hand, READ COMMITTED, no SELECT FOR UPDATE", label: "PostgreSQL, no lock", on: onPostgres, hold: lockTimeout,
@@ -35,6 +36,11 @@ const (
 func writeRow(ctx context.Context, tx pgx.Tx, name string) error {
 	_, err := tx.Exec(ctx, insertOrder, name, businessRow)
 	return err
+}
+
+// queueRow sends the row with the commit.
+func queueRow(ctx context.Context, tx pgx.Tx, name string) error {
+	return postgres.Queue(ctx, tx, insertOrder, name, businessRow)
 }
 
 // openPool connects with so many connections at most, all else as pgx has it, and makes tables.
@@ -77,8 +83,8 @@ type pgEngine struct {
 	pgRows
 }
 
-func openOnPostgres(isolation pgx.TxIsoLevel) func(place) (station, error) {
-	return func(p place) (station, error) { return openPGEngine(p, isolation, phases(writeRow), forEver) }
+func openOnPostgres(isolation pgx.TxIsoLevel, put func(context.Context, pgx.Tx, string) error) func(place) (station, error) {
+	return func(p place) (station, error) { return openPGEngine(p, isolation, phases(put), forEver) }
 }
 
 func openPGEngine(p place, isolation pgx.TxIsoLevel, phases []keystate.Phase[pgx.Tx, order], o keystate.Options) (*pgEngine, error) {

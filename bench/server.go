@@ -33,9 +33,8 @@ type server struct {
 }
 
 // startServer starts PostgreSQL; where there is none, it says so with errNoServer.
-func startServer() (*server, error) {
+func startServer(opts ...pgtest.Option) (*server, error) {
 	s := &server{life: &life{}}
-	var opts []pgtest.Option
 	for _, o := range settings {
 		opts = append(opts, pgtest.Set(o.name, o.value))
 	}
