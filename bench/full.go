@@ -38,7 +38,7 @@ type fullness struct {
 	first       time.Duration // from opening until a new key is answered
 }
 
-const fillRate = 40_000 // keys a second, thought
+const fillRate = 100_000 // keys a second, thought
 
 // onFullStores measures contenders on stores with finished keys beside empty ones, in turns.
 func (b *bench) onFullStores() (steps []step) {

@@ -17,8 +17,8 @@ import (
 
 var postgresContenders = []contender{
 	{name: keystateOnPostgres, label: "keystate/PostgreSQL", on: onPostgres, open: openOnPostgres(pgx.Serializable, queueRow), fill: fillOnPostgres},
-	{name: keystateOnPostgres + ", READ COMMITTED", label: "keystate/PG, read committed", on: onPostgres, open: openOnPostgres(pgx.ReadCommitted, queueRow)},
-	{name: keystateOnPostgres + ", writes not queued", label: "keystate/PG, not queued", on: onPostgres, open: openOnPostgres(pgx.Serializable, writeRow)},
+	{name: keystateOnPostgres + ", READ COMMITTED", label: "keystate, read committed", on: onPostgres, open: openOnPostgres(pgx.ReadCommitted, queueRow)},
+	{name: keystateOnPostgres + ", writes not queued", label: "keystate, not queued", on: onPostgres, open: openOnPostgres(pgx.Serializable, writeRow)},
 	{name: byTransaction, label: "PostgreSQL", on: onPostgres, hold: lockTimeout, open: openPGByHand(inTransactions{isolation: pgx.ReadCommitted, lock: true})},
 	{name: "PostgreSQL by hand, SERIALIZABLE", label: "PostgreSQL, serializable", on: onPostgres, hold: lockTimeout, open: openPGByHand(inTransactions{isolation: pgx.Serializable})},
 	{name: "PostgreSQL by hand, READ COMMITTED, no SELECT FOR UPDATE", label: "PostgreSQL, no lock", on: onPostgres, hold: lockTimeout,

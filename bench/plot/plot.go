@@ -96,8 +96,8 @@ func (s Style) look() look {
 }
 
 const (
-	width, height = 820.0, 480.0
-	left, right   = 78.0, 212.0
+	width, height = 840.0, 480.0
+	left, right   = 78.0, 232.0
 	top, bottom   = 64.0, 58.0
 	fontSize      = 13.0
 	lineHeight    = 16.0
