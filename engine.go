@@ -169,7 +169,8 @@ type Engine[Tx any] struct {
 	background sync.WaitGroup // the engine's own goroutines
 	finished   atomic.Int64   // keys finished since the last reaping
 	storeClock atomic.Pointer[reading]
-	journeys   sync.Pool // *journey[Tx], of runs that have ended
+	misses     atomic.Int32 // looks for callers' keys in a row that found nothing; of a shared store
+	journeys   sync.Pool    // *journey[Tx], of runs that have ended
 
 	mu       sync.Mutex
 	closed   bool

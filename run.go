@@ -125,7 +125,7 @@ func (m *machine[Tx]) tryStart(ctx context.Context, c *call) (r *run, joined boo
 	if r, err := e.join(m, c.key, c.print); r != nil || err != nil {
 		return r, true, err
 	}
-	err = e.recall(ctx, c)
+	err = e.recallUnlessNew(ctx, c)
 	known := err == nil
 	switch {
 	case errors.Is(err, ErrNotFound) && c.request == nil:
@@ -655,6 +655,7 @@ func (j *journey[Tx]) commit(l leg) error {
 		case failed != nil:
 			return j.carryOn(l, failed)
 		case l.request != nil && errors.Is(err, ErrFenced): // somebody else has made the key
+			j.engine.misses.Store(0)
 			if err = j.takeUp(); !errors.Is(err, ErrNotFound) { // unless it is gone again
 				return err
 			}

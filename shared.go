@@ -29,6 +29,28 @@ func (e *Engine[Tx]) vacant(tx Tx, r Record) error {
 	return err
 }
 
+// manyMisses is after how many looks in a row that found nothing the next look is not worth its trip to the store.
+const manyMisses = 64
+
+// recallUnlessNew is recall, but takes the key of a request for new without a look when the last many were. That it is not shows when it is
+// put: then the transaction is undone, the key is taken up as any other, and the next many keys are looked for again.
+func (e *Engine[Tx]) recallUnlessNew(ctx context.Context, c *call) error {
+	if e.shared == nil {
+		return e.recall(ctx, c)
+	}
+	if c.request != nil && e.misses.Load() >= manyMisses {
+		return cmp.Or(e.audited(ctx), ErrNotFound)
+	}
+	err := e.recall(ctx, c)
+	switch {
+	case err == nil:
+		e.misses.Store(0)
+	case errors.Is(err, ErrNotFound):
+		e.misses.Add(1)
+	}
+	return err
+}
+
 // outrun says whether a run ended because another engine has the key, and its callers are to have that engine's answer.
 func (j *journey[Tx]) outrun(err error) bool {
 	return j.engine.shared != nil && (errors.Is(err, errElsewhere) || errors.Is(err, ErrFenced)) && j.engine.awaited(j.shared)

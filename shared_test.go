@@ -3,9 +3,12 @@ package keystate
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"path/filepath"
+	"reflect"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -328,4 +331,66 @@ func TestACommitWhoseOutcomeIsUnknownIsLookedForAndItsKeyCarriedOn(t *testing.T)
 			t.Errorf("the key is %q, %v", r.Status, err)
 		}
 	})
+}
+
+// A look costs a trip to the server. Where keys are new as a rule, none is looked for; one that is there after all is answered as ever.
+func TestAfterManyNewKeysNoneIsLookedForUntilOneIsThere(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newCommonFile(t)
+		var looks, sent atomic.Int32
+		f.Store = &countingViews{Store: f.Store, views: &looks}
+		_, e, _ := f.join(t, "one", 0, Options{Retention: -1})
+		defer e.Close()
+		commits := 0
+		m := register(t, e,
+			transferPhase{To: "kept", Commit: func(_ context.Context, tx *bbolt.Tx, s *transfer) error {
+				commits++
+				return nil
+			}},
+			transferPhase{To: Finished, Effect: func(_ context.Context, token string, s *transfer) error {
+				sent.Add(1)
+				s.Payout = token
+				return nil
+			}},
+		)
+		do := func(n int) (transfer, error) { return m.Do(t.Context(), Key{ID: fmt.Sprint(n)}, request) }
+		answers, before := map[int]transfer{}, looks.Load()
+		for n := range 2 * manyMisses {
+			answer, err := do(n)
+			if err != nil {
+				t.Fatal(err)
+			}
+			answers[n] = answer
+		}
+		if looked := looks.Load() - before; looked != manyMisses {
+			t.Errorf("%d looks for %d keys", looked, len(answers))
+		}
+		other := request
+		other.Cents++
+		if _, err := m.Do(t.Context(), Key{ID: "3"}, other); !errors.Is(err, ErrMismatch) {
+			t.Errorf("got %v", err)
+		}
+		before = looks.Load()
+		for n, answer := range answers {
+			if again, err := do(n); err != nil || !reflect.DeepEqual(again, answer) {
+				t.Errorf("%d: %+v, %v", n, again, err)
+			}
+		}
+		if looked, began := looks.Load()-before, commits-len(answers); looked != int32(len(answers)) || began != 1 {
+			t.Errorf("%d looks for %d known keys, of which %d were begun again", looked, len(answers), began)
+		}
+		if n := int(sent.Load()); n != len(answers) {
+			t.Errorf("%d effects for %d keys", n, len(answers))
+		}
+	})
+}
+
+type countingViews struct {
+	Store[*bbolt.Tx]
+	views *atomic.Int32
+}
+
+func (c *countingViews) View(ctx context.Context, fn func(tx *bbolt.Tx) error) error {
+	c.views.Add(1)
+	return c.Store.View(ctx, fn)
 }
