@@ -171,12 +171,14 @@ func statementsFor(o Options) statements {
 			"SEQUENCE", fmt.Sprintf(sequence, "$6::bigint")),
 		// As update, for a transaction that ends with it. ON CONFLICT finds the row without a predicate lock on its page of the index, on which all keys
 		// lie that are at work: with update, transactions at SERIALIZABLE read that page and write to it, all of them, and the server ends many. Where
-		// there is no row, what is inserted undoes the transaction by its version.
-		updateLast: orFail(sql(`INSERT INTO KEYS AS k (id, scope, machine, status, incarnation, version, epoch, finished, nonce, record)
-			VALUES ($1, $2, '', $3, $9, 0, $4, NULL, $7, $8) ON CONFLICT (id, scope) DO UPDATE SET status = excluded.status, version = k.version + 1,
+		// there is no row, what is inserted has the version 0. Neither may get to the commit behind it: what cannot be cast ends the transaction. It depends
+		// on the row, or it would be cast when the statement is planned.
+		updateLast: sql(`INSERT INTO KEYS AS k (id, scope, machine, status, incarnation, version, epoch, finished, nonce, record)
+			VALUES ($1, $2, '', $3, $9, 0, $4, NULL, $7, $8) ON CONFLICT (id, scope) DO UPDATE SET status = excluded.status, version =
+			CASE WHEN k.incarnation = excluded.incarnation AND k.version = $10 AND k.finished IS NULL THEN k.version + 1 ELSE FENCED END,
 			epoch = excluded.epoch, finished = CASE WHEN $5 THEN SEQUENCE END, nonce = excluded.nonce, record = excluded.record
-			WHERE k.incarnation = excluded.incarnation AND k.version = $10 AND k.finished IS NULL RETURNING version, COALESCE(finished, 0) AS finished`,
-			"SEQUENCE", fmt.Sprintf(sequence, "$6::bigint"))),
+			RETURNING CASE WHEN k.version > 0 THEN COALESCE(k.finished, 0) ELSE FENCED END AS finished`,
+			"SEQUENCE", fmt.Sprintf(sequence, "$6::bigint"), "FENCED", `CAST('keystate: another engine has the key; ' || k.version AS bigint)`),
 		erase: sql(`DELETE FROM KEYS WHERE id = $1 AND scope = $2 AND incarnation = $3 AND version = $4 AND finished IS NOT NULL`),
 
 		unfinished: sql(`SELECT COLUMNS FROM KEYS WHERE finished IS NULL AND (id, scope) > ($1, $2) ORDER BY id, scope LIMIT $3`),
@@ -195,11 +197,4 @@ func statementsFor(o Options) statements {
 	s.insertLast = strings.Replace(s.insert, "UNLESS", "", 1)
 	s.insert = strings.Replace(s.insert, "UNLESS", "ON CONFLICT (id, scope) DO NOTHING", 1)
 	return s
-}
-
-// orFail makes a statement that changes a row fail unless the row has a version then, so that the server does not go on to the commit behind it.
-// What cannot be cast depends on the version, or it would be cast when the statement is planned.
-func orFail(sql string) string {
-	return `WITH put AS (` + sql + `) SELECT CASE WHEN max(version) > 0 THEN max(finished)
-		ELSE CAST('keystate: another engine has the key; ' || COALESCE(max(version), -1)::text AS bigint) END FROM put`
 }
