@@ -1007,12 +1007,14 @@ func answerEarly(p *propProcess, next http.Handler) http.Handler {
 			defer func() { _ = recover() }()
 			next.ServeHTTP(rec, r)
 		})
+		var first *httptest.ResponseRecorder
 		select {
-		case rec = <-early:
+		case first = <-early:
 		case <-done:
+			first = rec
 		}
-		maps.Copy(w.Header(), rec.Header())
-		w.WriteHeader(rec.Code)
-		w.Write(rec.Body.Bytes())
+		maps.Copy(w.Header(), first.Header())
+		w.WriteHeader(first.Code)
+		w.Write(first.Body.Bytes())
 	})
 }
