@@ -336,9 +336,9 @@ func (e *Engine[Tx]) enroll(m *machine[Tx], key Key, print [16]byte, known bool)
 		return r, false, err
 	}
 	r = newRun(key, m.name, print)
-	r.slot, r.known = true, known
+	r.slot = true
+	r.known.Store(e.due.remove(key) || known)
 	e.runs[key] = r
-	e.due.remove(key)
 	return r, true, nil
 }
 
@@ -348,7 +348,7 @@ func (e *Engine[Tx]) dismiss(r *run) {
 	if e.runs[r.key] == r {
 		delete(e.runs, r.key)
 	}
-	stored := r.known || r.record.Version > 0
+	stored := r.known.Load() || r.record.Version > 0
 	switch {
 	case r.broken == nil && r.record.Status == Waiting:
 		e.queueLocked(r.record)

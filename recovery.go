@@ -50,11 +50,15 @@ func (q *dueQueue) add(r Record) {
 	heap.Push((*dueHeap)(q), d)
 }
 
-func (q *dueQueue) remove(key Key) {
-	if d := q.byKey[key]; d != nil {
-		heap.Remove((*dueHeap)(q), d.index)
-		delete(q.byKey, key)
+// remove takes a key out, and says whether it was there.
+func (q *dueQueue) remove(key Key) bool {
+	d := q.byKey[key]
+	if d == nil {
+		return false
 	}
+	heap.Remove((*dueHeap)(q), d.index)
+	delete(q.byKey, key)
+	return true
 }
 
 // pop takes out the earliest key if it is due, and otherwise says how long it is till then.
@@ -239,11 +243,12 @@ func (e *Engine[Tx]) resumeDue() time.Duration {
 		if d == nil {
 			return in
 		}
-		if e.runs[d.key] != nil {
-			continue // its caller has taken it up; when that run ends, the key is queued anew if it must be
+		if r := e.runs[d.key]; r != nil {
+			r.known.Store(true) // its caller has taken it up; when that run ends, the key is queued anew if it must be
+			continue
 		}
 		r := newRun(d.key, d.machine, d.print)
-		r.known = true
+		r.known.Store(true)
 		e.runs[d.key] = r
 		e.resuming++
 		m := e.machines[d.machine]

@@ -21,7 +21,7 @@ type run struct {
 	replayed  bool
 	slot      bool          // it holds one of Options.MaxRuns: a caller began it
 	joined    bool          // a caller has joined it; guarded by the engine's mu
-	known     bool          // the key was stored when it began
+	known     atomic.Bool   // that the key is stored
 	elsewhere atomic.Bool   // another engine has been at work on the key, and the run waited for it
 	claimed   chan struct{} // closed when the claim is durable
 	done      chan struct{} // closed when the run has ended; then record and err stay as they are
@@ -281,7 +281,7 @@ func (r *run) announced() bool {
 // setOut claims the key: one that rests somewhere, or a new one together with its first phases.
 func (j *journey[Tx]) setOut(request []byte) error {
 	err := ErrNotFound
-	if j.shared.known {
+	if j.shared.known.Load() {
 		err = j.takeUp()
 	}
 	if errors.Is(err, ErrNotFound) && request != nil {
@@ -655,6 +655,7 @@ func (j *journey[Tx]) commit(l leg) error {
 		case failed != nil:
 			return j.carryOn(l, failed)
 		case l.request != nil && errors.Is(err, ErrFenced): // somebody else has made the key
+			j.shared.known.Store(true)
 			j.engine.misses.Store(0)
 			if err = j.takeUp(); !errors.Is(err, ErrNotFound) { // unless it is gone again
 				return err

@@ -167,9 +167,7 @@ func (e *Engine[Tx]) takeOver() {
 		}
 		e.mu.Lock()
 		for _, r := range adopted {
-			if e.runs[r.Key] == nil {
-				e.queueLocked(r)
-			}
+			e.queueLocked(r)
 		}
 		e.mu.Unlock()
 		if len(adopted) < room {

@@ -36,15 +36,19 @@ type share struct {
 	epoch uint64
 	gone  bool // it renews no more, and says no goodbye
 	deaf  bool // the next commit's answer is lost
+	full  bool // there is no room for what is written
 	lag   time.Duration
 }
 
-// Update loses the answer of a commit, once, where the test wants that.
+// Update loses the answer of a commit, once, or finds no room, where the test wants that.
 func (s *share) Update(ctx context.Context, fn func(tx *bbolt.Tx) error) error {
 	s.mu.Lock()
-	deaf := s.deaf
+	deaf, full := s.deaf, s.full
 	s.deaf = false
 	s.mu.Unlock()
+	if full {
+		return ErrStorageFull
+	}
 	err := s.commonFile.Update(ctx, fn)
 	if deaf {
 		err = ErrOutcomeUnknown
@@ -381,6 +385,38 @@ func TestAfterManyNewKeysNoneIsLookedForUntilOneIsThere(t *testing.T) {
 		}
 		if n := int(sent.Load()); n != len(answers) {
 			t.Errorf("%d effects for %d keys", n, len(answers))
+		}
+	})
+}
+
+// A caller's run that takes its key for new and fails before it knows better leaves the key to the engine that has it all the same: others
+// wait for it.
+func TestAKeyInHandIsCarriedOnAlsoAfterACallerWhoTookItForNewFailed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, key := newCommonFile(t), Key{ID: "k"}
+		s, one, ones := f.join(t, "one", time.Second, Options{})
+		_, other, others := f.join(t, "other", 0, Options{})
+		defer func() { one.Close(); other.Close() }()
+		setFull := func(full bool) {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			s.full = full
+		}
+		if _, err := ones.Start(t.Context(), key, parcelled{}); err != nil {
+			t.Fatal(err)
+		}
+		one.misses.Store(manyMisses)
+		setFull(true)
+		for range 2 {
+			if _, err := ones.Do(t.Context(), key, parcelled{}); !errors.Is(err, ErrStorageFull) {
+				t.Fatalf("got %v", err)
+			}
+		}
+		setFull(false)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
+		if p, err := others.Do(ctx, key, parcelled{}); err != nil || p.By != "one" {
+			t.Errorf("the answer is %+v, %v", p, err)
 		}
 	})
 }
