@@ -190,6 +190,33 @@ func TestEnginesThatShareAStoreLeaveEachOtherTheirKeys(t *testing.T) {
 	})
 }
 
+func TestWhoFindsAKeyThatAnotherEngineHoldsGetsThatEnginesAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, key := newCommonFile(t), Key{ID: "k"}
+		_, one, ones := f.join(t, "one", time.Minute, Options{})
+		_, other, others := f.join(t, "other", 0, Options{})
+		defer func() { one.Close(); other.Close() }()
+		if _, err := others.Find(t.Context(), key, parcelled{}); !errors.Is(err, ErrNotFound) {
+			t.Errorf("before there is one: %v", err)
+		}
+		if _, err := ones.Start(t.Context(), key, parcelled{}); err != nil {
+			t.Fatal(err)
+		}
+		for _, underWay := range []bool{true, false} {
+			run, err := others.Find(t.Context(), key, parcelled{})
+			if err != nil || run.Joined() != underWay {
+				t.Fatalf("under way %v, joined %v: %v", underWay, run.Joined(), err)
+			}
+			if p, err := run.Wait(t.Context()); err != nil || p.By != "one" {
+				t.Errorf("under way %v: the answer is %+v, %v", underWay, p, err)
+			}
+		}
+		if _, err := others.Find(t.Context(), key, parcelled{By: "somebody else"}); !errors.Is(err, ErrMismatch) {
+			t.Errorf("for another request: %v", err)
+		}
+	})
+}
+
 func TestAnEngineTakesOverWhatADeadOneHeldWhenItsLeaseIsOver(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f, key := newCommonFile(t), Key{ID: "k"}

@@ -122,6 +122,62 @@ func TestACommitThatArrivesLateTakesNoEffect(t *testing.T) {
 
 type lastPutter interface{ PutLast(*keystate.Record) error }
 
+// All keys at work lie on the same few pages of the index. A predicate lock on one of these would set serializable transactions against each
+// other that have nothing to do with each other.
+func TestTheLastWriteTakesNoPredicateLock(t *testing.T) {
+	dsn := pgtest.Database(t)
+	s := openStore(t, dsn, &postgres.Options{Isolation: pgx.Serializable})
+	defer s.Close()
+	if _, _, err := s.Boot(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	watch, err := pgx.Connect(t.Context(), dsn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer watch.Close(context.Background())
+	overlapping, err := watch.BeginTx(t.Context(), pgx.TxOptions{IsoLevel: pgx.Serializable}) // as long as it is open, others' locks outlast them
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := overlapping.Exec(t.Context(), `SELECT 1 FROM program_rows`); err != nil {
+		t.Fatal(err)
+	}
+	locks := func() (n int) {
+		err := watch.QueryRow(t.Context(), `SELECT count(*) FROM pg_locks WHERE mode = 'SIReadLock' AND pid IS DISTINCT FROM pg_backend_pid()
+			AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`).Scan(&n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	key := claimed("k")
+	var after keystate.Record
+	for _, what := range []string{"made", "changed"} {
+		err := s.Update(t.Context(), func(tx pgx.Tx) error {
+			put := key
+			err := s.Keys(tx).(lastPutter).PutLast(&put)
+			after = put
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		key = after
+		if n := locks(); n > 0 {
+			t.Errorf("%d predicate locks outlast the transaction in which the key is %s", n, what)
+		}
+	}
+	err = s.Update(t.Context(), func(tx pgx.Tx) error {
+		put := key
+		_, err := s.Keys(tx).Get(key.Key)
+		return errors.Join(err, s.Keys(tx).(lastPutter).PutLast(&put))
+	})
+	if err != nil || locks() == 0 {
+		t.Errorf("a transaction that has read takes %d predicate locks, %v: this test sees none", locks(), err)
+	}
+}
+
 // What has been locked before COMMIT was sent is waited for.
 func TestACommitThatArrivesLateIsWaitedForWhereItsRowIsLocked(t *testing.T) {
 	dsn := pgtest.Database(t)
