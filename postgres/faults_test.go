@@ -438,6 +438,14 @@ func TestAKeyWhoseCommitCouldNotBeSettledIsCarriedOn(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-f.inside
+	holder, err := pgx.Connect(t.Context(), dsn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer holder.Close(context.Background())
+	if _, err := holder.Exec(t.Context(), `BEGIN; SELECT FROM keystate.keys FOR UPDATE`); err != nil { // so that settling waits until the server is gone
+		t.Fatal(err)
+	}
 	cut := proxy.Cut(pgtest.InFlight, pgtest.Runs("commit"))
 	close(f.goOn)
 	<-cut.Made()

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"reflect"
 	"strings"
@@ -285,6 +286,60 @@ func TestAnImportThatIsBrokenOffAnywhereGoesOn(t *testing.T) {
 	}
 	if _, _, err := whole.Boot(t.Context()); err != nil {
 		t.Error(err)
+	}
+}
+
+const importedFile, importsInto = "KEYSTATE_TEST_IMPORTED_FILE", "KEYSTATE_TEST_IMPORTS_INTO"
+
+// What is on its way to the server when the process is killed arrives all the same, and after that the keys are moved again.
+func TestAnImportWhoseProcessIsKilledAnywhereGoesOn(t *testing.T) {
+	if path := os.Getenv(importedFile); path != "" {
+		t.Fatalf("the import ends with %v", newTables(t, os.Getenv(importsInto)).Import(t.Context(), path, nil)) // it should not have lived to that
+	}
+	for _, c := range []struct {
+		sql string
+		nth int
+	}{{"begin", 1}, {"SELECT id, epoch", 1}, {"UPDATE", 1}, {"commit", 1}, {"INSERT", 1}, {"INSERT", 2}, {"commit", 3}, {"SELECT id, scope, machine", 1}, {"SELECT count", 1}, {"UPDATE", 2}} {
+		t.Run(fmt.Sprintf("at %s %d", c.sql, c.nth), func(t *testing.T) {
+			path := fileOf(t, 600)
+			want := contentsOfFile(t, path)
+			dsn := pgtest.Database(t)
+			s := newTables(t, dsn)
+			proxy := pgtest.NewProxy(t, dsn)
+			child := exec.Command(os.Args[0], "-test.run=^"+strings.Split(t.Name(), "/")[0]+"$", "-test.timeout=100s")
+			child.Env = append(os.Environ(), importedFile+"="+path, importsInto+"="+proxy.DSN())
+			var said bytes.Buffer
+			child.Stdout, child.Stderr = &said, &said
+			cut := proxy.Cut(pgtest.InFlight, pgtest.Nth(c.nth, pgtest.Runs(c.sql)))
+			if err := child.Start(); err != nil {
+				t.Fatal(err)
+			}
+			ended := make(chan struct{})
+			go func() {
+				child.Wait()
+				close(ended)
+			}()
+			select {
+			case <-cut.Made():
+			case <-ended:
+				t.Fatalf("the process ended by itself:\n%s", &said)
+			}
+			child.Process.Kill()
+			<-ended
+			cut.Deliver()
+			if _, err := os.Stat(path); err != nil {
+				t.Fatalf("the file is where it was until all is done: %v", err)
+			}
+			if err := s.Import(t.Context(), path, nil); err != nil {
+				t.Fatal(err)
+			}
+			if got := contentsOfTables(t, s); !reflect.DeepEqual(got, want) {
+				t.Error("the tables hold something else than the file")
+			}
+			if _, _, err := s.Boot(t.Context()); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }
 
