@@ -172,7 +172,7 @@ func TestAnEngineSeesNoMoreOfItsStoreThanThereIs(t *testing.T) {
 				t.Fatal(err)
 			}
 			p := &process[*bbolt.Tx, transfer]{
-				Store: s, play: &play[*bbolt.Tx, transfer]{}, passing: map[any]*passage{}, started: make(chan struct{}),
+				Store: s, turns: newTurnstile(), play: &play[*bbolt.Tx, transfer]{}, passing: map[any]*passage{}, started: make(chan struct{}),
 			}
 			seen := p.asStore()
 			_, reads := seen.(getter)
@@ -195,7 +195,7 @@ func TestAnEngineSeesNoMoreOfItsStoreThanThereIs(t *testing.T) {
 }
 
 func TestTheDeadDoNotRead(t *testing.T) {
-	p := &process[*bbolt.Tx, transfer]{Store: alone("", new(uses))(t, t.TempDir())}
+	p := &process[*bbolt.Tx, transfer]{turns: newTurnstile(), Store: alone("", new(uses))(t, t.TempDir())}
 	defer p.Store.Close()
 	_ = p.die()
 	if _, err := p.asStore().(getter).Get(t.Context(), keystate.Key{ID: "request"}); !errors.Is(err, errKilled) {

@@ -96,6 +96,7 @@ type process[Tx, S any] struct {
 	started chan struct{} // closed when the program has started: interrupted keys go on before
 	close   func() error
 	epoch   uint64 // of the boot
+	turns   turnstile
 
 	mu        sync.Mutex
 	places    []place
@@ -109,7 +110,7 @@ type process[Tx, S any] struct {
 
 // boot starts the program: it opens the store, and the engine on it, and registers the machine.
 func (p *play[Tx, S]) boot(life int) (*process[Tx, S], error) {
-	proc := &process[Tx, S]{Store: p.subject.open(p.t, p.dir), play: p, started: make(chan struct{}), passing: map[any]*passage{}}
+	proc := &process[Tx, S]{Store: p.subject.open(p.t, p.dir), play: p, started: make(chan struct{}), turns: newTurnstile(), passing: map[any]*passage{}}
 	defer close(proc.started)
 	if err := p.canDie(proc.Store); err != nil {
 		return nil, errors.Join(err, proc.Store.Close())

@@ -85,11 +85,11 @@ func (p *process[Tx, S]) Update(ctx context.Context, fn func(tx Tx) error) error
 	var err error
 	switch strikes {
 	case killedBeforeWrite:
-		err = p.interrupted(ctx, run)
+		err = p.turns.together(func() error { return p.interrupted(ctx, run) })
 	case writtenTwice:
 		err = p.twice(ctx, t, run)
 	default:
-		err = p.Store.Update(ctx, run)
+		err = p.turns.together(func() error { return p.Store.Update(ctx, run) })
 	}
 	if err != nil { // of the store's, too: it may refuse a record as late as in the commit
 		p.play.undo()
@@ -103,6 +103,30 @@ func (p *process[Tx, S]) Update(ctx context.Context, fn func(tx Tx) error) error
 		return p.die()
 	}
 	return nil
+}
+
+// A turnstile lets transactions through together, or one at a time alone.
+type turnstile chan struct{}
+
+func newTurnstile() turnstile { return make(turnstile, 64) }
+
+func (t turnstile) together(transact func() error) error {
+	t <- struct{}{}
+	defer func() { <-t }()
+	return transact()
+}
+
+// alone waits until nothing is under way, and keeps everything else out. Only one goroutine may call it.
+func (t turnstile) alone(transact func() error) error {
+	for range cap(t) {
+		t <- struct{}{}
+	}
+	defer func() {
+		for range cap(t) {
+			<-t
+		}
+	}()
+	return transact()
 }
 
 // pass runs a transaction and sees what passes; each run starts afresh.
@@ -163,7 +187,8 @@ func (p *process[Tx, S]) undone(ctx context.Context, run func(tx Tx) error) erro
 	return err
 }
 
-// twice runs a transaction, rolls it back, and runs it again an hour later: both runs must come to the same.
+// twice runs a transaction, rolls it back, and runs it again an hour later: both runs must come to the same. Each is alone: where transactions see what
+// others commit meanwhile, that would seem to be the run's.
 func (p *process[Tx, S]) twice(ctx context.Context, t *passage, run func(tx Tx) error) error {
 	var first, second map[string]string
 	look := func(into *map[string]string) func(tx Tx) error {
@@ -172,11 +197,11 @@ func (p *process[Tx, S]) twice(ctx context.Context, t *passage, run func(tx Tx) 
 			return err
 		}
 	}
-	if err := p.undone(ctx, look(&first)); err != nil {
+	if err := p.turns.alone(func() error { return p.undone(ctx, look(&first)) }); err != nil {
 		return err
 	}
 	time.Sleep(time.Hour)
-	if err := p.Store.Update(ctx, look(&second)); err != nil {
+	if err := p.turns.alone(func() error { return p.Store.Update(ctx, look(&second)) }); err != nil {
 		return err
 	}
 	for _, d := range differences(first, second, p.play.subject.varies) {
